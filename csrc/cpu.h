@@ -1,0 +1,20 @@
+/* CPU features that decide which kernels may run. Internal. */
+#ifndef CSVF_CPU_H
+#define CSVF_CPU_H
+
+#include <stdint.h>
+
+enum {
+    CSVF_CPU_AES = 1u << 0,
+    CSVF_CPU_PCLMUL = 1u << 1,
+    CSVF_CPU_AVX2 = 1u << 2,   /* AVX2 with the ymm state enabled by the OS */
+    CSVF_CPU_BMI2 = 1u << 3,
+    CSVF_CPU_GFNI = 1u << 4,
+    CSVF_CPU_VAES = 1u << 5,
+    CSVF_CPU_AVX512 = 1u << 6  /* F, BW, DQ, VL, VBMI with the zmm state enabled by the OS */
+};
+
+/* Features of this CPU less those named in CSVFAST_DISABLE. Cached after the first call. */
+uint32_t csvf__cpu(void);
+
+#endif

@@ -1,0 +1,386 @@
+/* csvfast: HaiGuang (Hygon) CSV memory encryption and measurement in software.
+ *
+ * This header is the whole public C interface and its documentation. It is plain C11, needs no other header of the
+ * project, and works from C++.
+ *
+ * Laws
+ *   Argument order   context first, then OUT, then INOUT, then IN. A length stands right after its array; flags last.
+ *   Results          functions that can fail return a csvf_status (0 = CSVF_OK, negative = error) and on failure have
+ *                    written nothing to OUT unless the block says otherwise. void functions cannot fail.
+ *   Memory           nothing is allocated outside functions named *_create; the caller allocates every other struct.
+ *                    Structs are plain memory: no hidden pointers to themselves, may be moved or copied with '='.
+ *                    Wipe copies that hold keys with csvf_wipe().
+ *   Aliasing         OUT and IN of a transform may be the same pointer (in place) or must not overlap at all; an
+ *                    overlap of unequal pointers is refused with CSVF_ERR_OVERLAP.
+ *   Alignment        no buffer needs any alignment unless a block says so.
+ *   Time             no function lets a secret (key, plaintext, derived value) decide a branch or index memory, except
+ *                    functions whose names end in _var, which never see a secret. Lengths, addresses, ASIDs, unit
+ *                    numbers and kernel names are public.
+ *   Threads          each block says: PURE (safe from any thread at any time), PER-OBJECT (safe while no other thread
+ *                    uses the same object), SHARED (many threads may use the same object at once).
+ *
+ * Standards: SM3 GB/T 32905-2016, SM4 GB/T 32907-2016, modes GB/T 17964-2021 and IEEE 1619-2018, HMAC RFC 2104, GCM NIST SP 800-38D / RFC 8998,
+ * KDF GB/T 32918.4-2016 5.4.3 (= ANSI X9.63).
+ */
+#ifndef CSVFAST_H
+#define CSVFAST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__) && __GNUC__ >= 4
+#  define CSVF_API extern __attribute__((visibility("default")))
+#  define CSVF_MUST_CHECK __attribute__((warn_unused_result))
+#else
+#  define CSVF_API extern
+#  define CSVF_MUST_CHECK
+#endif
+
+#define CSVF_VERSION_MAJOR 0
+#define CSVF_VERSION_MINOR 1
+#define CSVF_VERSION_PATCH 0
+#define CSVF_VERSION_STRING "0.1.0"
+
+#define CSVF_PAGE_BYTES 4096u     /* one page = one data unit of encrypted memory */
+#define CSVF_LINE_BYTES 64u       /* one cache line */
+#define CSVF_BLOCK_BYTES 16u      /* one SM4 block */
+#define CSVF_XTS_KEY_BYTES 32u    /* K1 (data) then K2 (tweak) */
+#define CSVF_SM4_KEY_BYTES 16u
+#define CSVF_SM3_BYTES 32u        /* one SM3 digest */
+#define CSVF_SM3_BLOCK_BYTES 64u
+#define CSVF_XTS_UNIT_MIN 16u
+#define CSVF_XTS_UNIT_MAX (16u << 20)
+
+typedef enum csvf_status {
+    CSVF_OK = 0,
+    CSVF_ERR_ARGUMENT = -1,     /* a NULL pointer, an unknown constant, an argument outside its documented set */
+    CSVF_ERR_LENGTH = -2,       /* a length is too short, too long, or not the multiple it must be */
+    CSVF_ERR_RANGE = -3,        /* an address or span lies outside the memory, or a unit number would wrap */
+    CSVF_ERR_ALIGNMENT = -4,    /* an address is not on the boundary the call needs */
+    CSVF_ERR_OVERLAP = -5,      /* OUT and IN overlap without being equal */
+    CSVF_ERR_KEY = -6,          /* the XTS key halves K1 and K2 are equal */
+    CSVF_ERR_ASID = -7,         /* the ASID is above the engine's limit, is 0 where a guest is needed, or has no key */
+    CSVF_ERR_BUSY = -8,         /* the ASID already has a key: remove it first */
+    CSVF_ERR_AUTHENTICATION = -9, /* a GCM tag did not match; OUT has been wiped */
+    CSVF_ERR_MEMORY = -10,      /* an allocation failed */
+    CSVF_ERR_SYSTEM = -11,      /* a system call failed; errno says how */
+    CSVF_ERR_KERNEL = -12,      /* no kernel of that name, or this CPU cannot run it */
+    CSVF_ERR_STATE = -13,       /* calls made in the wrong order on a streaming object */
+    CSVF_ERR_LIMIT = -14        /* the algorithm's limit on the amount of data under one key or nonce is reached */
+} csvf_status;
+
+/* One line of English for a status. Never NULL. PURE. */
+CSVF_API const char *csvf_status_text(int status);
+
+/* ---- Library and kernels ------------------------------------------------------------------------------------------ */
+
+typedef enum csvf_primitive {
+    CSVF_PRIMITIVE_SM4 = 0,       /* all SM4 modes */
+    CSVF_PRIMITIVE_SM3 = 1,       /* one SM3 stream */
+    CSVF_PRIMITIVE_SM3_MANY = 2,  /* many independent SM3 messages */
+    CSVF_PRIMITIVE_GHASH = 3,     /* GCM's universal hash */
+    CSVF_PRIMITIVE_COUNT = 4
+} csvf_primitive;
+
+/* Chooses kernels from the CPU's features and from the environment, once. Every other function calls it when needed; call it
+ * first to see the error of a bad environment.
+ *   CSVFAST_KERNEL   one kernel name for every primitive that has a kernel of that name, or a comma-separated list of
+ *                    primitive=name ("sm4=gfni-avx2,sm3=portable"). A name unknown to every primitive, or one this CPU
+ *                    cannot run, is an error: nothing is silently replaced.
+ *   CSVFAST_DISABLE  comma-separated CPU features to ignore: avx512, gfni, vaes, aes, avx2, bmi2, pclmul.
+ * Returns: CSVF_OK, or CSVF_ERR_KERNEL (the portable kernels are then in use). PURE. */
+CSVF_API int csvf_init(void);
+
+/* "0.1.0". PURE. */
+CSVF_API const char *csvf_version(void);
+
+/* Space-separated names of the CPU features found that matter to a kernel ("aes pclmul avx2 bmi2 gfni vaes avx512"). PURE. */
+CSVF_API const char *csvf_cpu_features(void);
+
+/* "sm4", "sm3", "sm3-many", "ghash"; NULL for an unknown primitive. PURE. */
+CSVF_API const char *csvf_primitive_name(int primitive);
+
+/* Number of kernels compiled in for a primitive; 0 for an unknown primitive. PURE. */
+CSVF_API size_t csvf_kernel_count(int primitive);
+
+/* Name of a compiled-in kernel, index 0 being the most preferred; NULL past the end. PURE. */
+CSVF_API const char *csvf_kernel_at(int primitive, size_t index);
+
+/* 1 if this CPU can run the kernel of that name, else 0. PURE. */
+CSVF_API int csvf_kernel_available(int primitive, const char *name);
+
+/* Name of the kernel in use; NULL for an unknown primitive. SHARED. */
+CSVF_API const char *csvf_kernel_name(int primitive);
+
+/* Chooses a kernel by name, or by NULL goes back to the choice csvf_init made. Objects initialised earlier keep the
+ * kernel they were initialised with; objects initialised later use this one.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT (primitive), CSVF_ERR_KERNEL (name). SHARED (atomic). */
+CSVF_API int csvf_force_kernel(int primitive, const char *name);
+
+/* Writes zeros that no compiler removes. PURE. */
+CSVF_API void csvf_wipe(void *data, size_t length);
+
+/* 1 if equal, 0 if not, in time that depends on the length only. PURE. */
+CSVF_API int csvf_equal(const void *a, const void *b, size_t length);
+
+/* ---- SM3 ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct csvf_sm3 { uint64_t opaque[16]; } csvf_sm3;
+typedef struct csvf_hmac_sm3 { uint64_t opaque[48]; } csvf_hmac_sm3;
+
+/* Streaming SM3. init, any number of updates, final; final leaves the object initialised anew. Copy the struct to fork a
+ * stream. PER-OBJECT. */
+CSVF_API void csvf_sm3_init(csvf_sm3 *sm3);
+CSVF_API void csvf_sm3_update(csvf_sm3 *sm3, const void *data, size_t length);
+CSVF_API void csvf_sm3_final(csvf_sm3 *sm3, uint8_t digest[32]);
+
+/* SM3 of one buffer. PURE. */
+CSVF_API void csvf_sm3_digest(uint8_t digest[32], const void *data, size_t length);
+
+/* SM3 of many independent messages, in vector lanes.
+ *   Out: digests   32 * count bytes
+ *   In:  data      count pointers (one may be NULL where its length is 0)
+ *        lengths   count lengths in bytes; they may differ
+ * PURE. */
+CSVF_API void csvf_sm3_many(uint8_t *digests, const uint8_t *const *data, const size_t *lengths, size_t count);
+
+/* SM3 of count consecutive blocks of block_length bytes, each preceded by the same prefix (the salt of dm-verity version 1):
+ * digest i = SM3(prefix || block i).
+ *   Out: digests   32 * count bytes, not overlapping the input
+ *   In:  prefix    0 to 256 bytes; block_length > 0
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH. PURE. */
+CSVF_API int csvf_sm3_blocks(uint8_t *digests, const uint8_t *prefix, size_t prefix_length, const uint8_t *data,
+                             size_t block_length, size_t count);
+
+/* HMAC-SM3 (RFC 2104). init takes a key of any length; final leaves the object ready for another message under the same
+ * key. PER-OBJECT. */
+CSVF_API void csvf_hmac_sm3_init(csvf_hmac_sm3 *hmac, const uint8_t *key, size_t key_length);
+CSVF_API void csvf_hmac_sm3_update(csvf_hmac_sm3 *hmac, const void *data, size_t length);
+CSVF_API void csvf_hmac_sm3_final(csvf_hmac_sm3 *hmac, uint8_t mac[32]);
+
+/* X9.63 key derivation with SM3: OUT = SM3(secret || BE32(1)) || SM3(secret || BE32(2)) || ... cut to out_length.
+ * Returns: CSVF_OK, CSVF_ERR_LENGTH (out_length over 32 * (2^32 - 1)). PURE. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm3_kdf(uint8_t *out, size_t out_length, const uint8_t *secret, size_t secret_length);
+
+/* ---- SM4: CTR and GCM --------------------------------------------------------------------------------------------- */
+
+typedef struct csvf_sm4_ctr { uint64_t opaque[160]; } csvf_sm4_ctr;
+typedef struct csvf_sm4_gcm { uint64_t opaque[320]; } csvf_sm4_gcm;
+
+/* SM4-CTR, 128-bit big-endian counter that wraps. Streaming: a call may end inside a block and the next one goes on there.
+ * Encryption and decryption are the same call. PER-OBJECT.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_OVERLAP. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm4_ctr_init(csvf_sm4_ctr *ctr, const uint8_t key[16], const uint8_t counter[16]);
+CSVF_API CSVF_MUST_CHECK int csvf_sm4_ctr_crypt(csvf_sm4_ctr *ctr, uint8_t *out, const uint8_t *in, size_t length);
+
+/* SM4-GCM. init takes the key once; one-shot calls leave the object reusable. Nonce 1 or more bytes (12 recommended), tag 12..16 (or 4, 8)
+ * bytes. Decryption verifies before it releases: on a wrong tag OUT is wiped and CSVF_ERR_AUTHENTICATION returned.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_OVERLAP, CSVF_ERR_AUTHENTICATION.
+ * init: PER-OBJECT. encrypt, decrypt: SHARED (the object is read only). */
+CSVF_API CSVF_MUST_CHECK int csvf_sm4_gcm_init(csvf_sm4_gcm *gcm, const uint8_t key[16]);
+CSVF_API CSVF_MUST_CHECK int csvf_sm4_gcm_encrypt(const csvf_sm4_gcm *gcm, uint8_t *out, uint8_t *tag, size_t tag_length,
+                                                  const uint8_t *nonce, size_t nonce_length, const uint8_t *aad,
+                                                  size_t aad_length, const uint8_t *in, size_t length);
+CSVF_API CSVF_MUST_CHECK int csvf_sm4_gcm_decrypt(const csvf_sm4_gcm *gcm, uint8_t *out, const uint8_t *tag,
+                                                  size_t tag_length, const uint8_t *nonce, size_t nonce_length,
+                                                  const uint8_t *aad, size_t aad_length, const uint8_t *in,
+                                                  size_t length);
+
+/* ---- SM4-XTS ------------------------------------------------------------------------------------------------------ */
+
+/* How the tweak is multiplied by alpha from block to block. The first block of a unit is the same in both. */
+typedef enum csvf_standard {
+    CSVF_STANDARD_GB = 0,   /* GB/T 17964-2021: bits numbered as in GHASH; the default of SM4-XTS in OpenSSL */
+    CSVF_STANDARD_IEEE = 1  /* IEEE 1619-2018: as in AES-XTS */
+} csvf_standard;
+
+typedef struct csvf_xts { uint64_t opaque[400]; } csvf_xts;
+
+/* Expands K1 || K2 once, for both directions.
+ *   In: key   32 bytes; the halves must differ
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_KEY. PER-OBJECT; afterwards the object is read only. */
+CSVF_API CSVF_MUST_CHECK int csvf_xts_init(csvf_xts *xts, const uint8_t key[32], int standard);
+
+/* Encrypts or decrypts consecutive data units. The buffer is cut into units of unit_size bytes numbered first_unit,
+ * first_unit + 1, ...; the last unit may be shorter but not under 16 bytes. Units whose length is no multiple of 16 use
+ * ciphertext stealing. The tweak input of unit i is i as a 16-byte little-endian number.
+ *   Out: out         length bytes
+ *   In:  in          length bytes
+ *        length      0 is allowed and does nothing
+ *        unit_size   CSVF_XTS_UNIT_MIN .. CSVF_XTS_UNIT_MAX
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_RANGE (unit number wraps), CSVF_ERR_OVERLAP. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_xts_encrypt(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length,
+                                              size_t unit_size, uint64_t first_unit);
+CSVF_API CSVF_MUST_CHECK int csvf_xts_decrypt(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length,
+                                              size_t unit_size, uint64_t first_unit);
+
+/* One data unit of 16 bytes to CSVF_XTS_UNIT_MAX under a tweak input given as 16 raw bytes (the "IV" of other libraries).
+ * Returns: as csvf_xts_encrypt. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_xts_encrypt_unit(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length,
+                                                   const uint8_t tweak[16]);
+CSVF_API CSVF_MUST_CHECK int csvf_xts_decrypt_unit(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length,
+                                                   const uint8_t tweak[16]);
+
+/* Whole blocks from anywhere inside one data unit, without the blocks before them.
+ *   In: length   a multiple of 16
+ *       unit     number of the data unit
+ *       offset   byte offset of the first block inside the unit, a multiple of 16; offset + length <= CSVF_XTS_UNIT_MAX
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_ALIGNMENT, CSVF_ERR_RANGE, CSVF_ERR_OVERLAP. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_xts_encrypt_span(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length,
+                                                   uint64_t unit, size_t offset);
+CSVF_API CSVF_MUST_CHECK int csvf_xts_decrypt_span(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length,
+                                                   uint64_t unit, size_t offset);
+
+/* Many scattered 64-byte lines of 4096-byte units in one call. Line i stands at in + 64 i and goes to out + 64 i; its
+ * place in memory is the byte address addresses[i] (a multiple of 64): unit = address / 4096.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ALIGNMENT, CSVF_ERR_OVERLAP. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_xts_encrypt_lines(const csvf_xts *xts, uint8_t *out, const uint8_t *in,
+                                                    const uint64_t *addresses, size_t count);
+CSVF_API CSVF_MUST_CHECK int csvf_xts_decrypt_lines(const csvf_xts *xts, uint8_t *out, const uint8_t *in,
+                                                    const uint64_t *addresses, size_t count);
+
+/* ---- Engine: encrypted DRAM with one key per ASID ----------------------------------------------------------------- */
+
+/* What the tweak of a block is made of. */
+typedef enum csvf_tweak_model {
+    CSVF_TWEAK_XTS = 0,   /* SM4-XTS, data unit = page, unit number = page frame number (default) */
+    CSVF_TWEAK_LINE = 1   /* one tweak per 64-byte line shared by its four blocks, T = SM4(K2, LE64(address >> 6) || 0^8):
+                             reproduces the leak published for real parts (inferred construction), for experiments */
+} csvf_tweak_model;
+
+typedef struct csvf_config {
+    size_t struct_size;     /* sizeof(csvf_config): lets the struct grow without breaking callers */
+    uint64_t base_address;  /* system physical address of the first byte; a multiple of 4096. Default 0 */
+    uint32_t asid_max;      /* highest ASID, 1 .. 65535. 0 = 509 */
+    int standard;           /* csvf_standard */
+    int tweak_model;        /* csvf_tweak_model */
+    uint32_t threads;       /* worker threads for bulk calls. 0 or 1 = none: everything runs in the calling thread */
+} csvf_config;
+
+typedef struct csvf_engine csvf_engine;
+
+typedef struct csvf_stats {
+    size_t struct_size;             /* in: sizeof(csvf_stats) */
+    uint64_t bytes_encrypted;       /* through SM4, under a guest's ASID */
+    uint64_t bytes_decrypted;
+    uint64_t bytes_host;            /* moved unencrypted by ASID 0 or raw calls */
+    uint64_t read_modify_writes;    /* edge blocks read, merged and written again by unaligned writes */
+    uint64_t tweak_hits;            /* page tweaks found in the tweak cache */
+    uint64_t tweak_misses;
+    uint64_t keys_installed;        /* since creation */
+    uint64_t keys_removed;
+    uint32_t asids_active;          /* ASIDs with a key now */
+} csvf_stats;
+
+/* Makes an engine over memory it allocates (zeroed, page aligned, huge pages where the system gives them).
+ *   Out: engine   *engine is set on success, NULL on failure
+ *   In:  size     bytes of DRAM, a multiple of 4096, at least 4096
+ *        config   NULL = defaults
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_ALIGNMENT, CSVF_ERR_MEMORY, CSVF_ERR_SYSTEM. PURE. */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_create(csvf_engine **engine, size_t size, const csvf_config *config);
+
+/* The same over memory the caller owns and keeps alive until csvf_engine_destroy (gem5's backing store, a QEMU RAM file,
+ * Unicorn's mem_map_ptr). dram must be aligned to 64 bytes. */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_create_on(csvf_engine **engine, void *dram, size_t size,
+                                                   const csvf_config *config);
+
+/* The same over a shared mapping of a file from offset (a multiple of 4096) on; the file must already be offset + size long. The
+ * descriptor may be closed afterwards. */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_create_file(csvf_engine **engine, int fd, uint64_t offset, size_t size,
+                                                     const csvf_config *config);
+
+/* Wipes every key, ends worker threads, unmaps what the engine mapped. NULL is allowed. The DRAM keeps its ciphertext when the
+ * caller or a file owns it. No other call may be running. */
+CSVF_API void csvf_engine_destroy(csvf_engine *engine);
+
+/* The DRAM as the host sees it: ciphertext of every guest, plaintext of ASID 0. Valid until destroy. PURE. */
+CSVF_API uint8_t *csvf_engine_dram(csvf_engine *engine);
+CSVF_API size_t csvf_engine_size(const csvf_engine *engine);
+CSVF_API uint64_t csvf_engine_base(const csvf_engine *engine);
+
+/* Writes a file-backed engine's DRAM to its file (msync); does nothing for the others. SHARED.
+ * Returns: CSVF_OK, CSVF_ERR_SYSTEM. */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_sync(csvf_engine *engine);
+
+/* Installs a key. The engine keeps only its expanded form. The ASID's generation rises by one.
+ *   In: asid   1 .. asid_max (0 is the host and never encrypted)
+ *       key    K1 || K2
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (key_length is not 32), CSVF_ERR_KEY, CSVF_ERR_ASID, CSVF_ERR_BUSY.
+ * SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_asid_install(csvf_engine *engine, uint32_t asid, const uint8_t *key,
+                                               size_t key_length);
+
+/* Removes and wipes a key, its cached tweaks too; waits for accesses under way with it. After the return no thread can use the
+ * key. Returns: CSVF_OK, CSVF_ERR_ASID. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_asid_remove(csvf_engine *engine, uint32_t asid);
+
+/* Out: *generation = how many keys this ASID has had (0 = none yet); *installed = 1 if it has one now. Either may be NULL.
+ * Returns: CSVF_OK, CSVF_ERR_ASID. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_asid_state(const csvf_engine *engine, uint64_t *generation, int *installed,
+                                             uint32_t asid);
+
+/* Memory access as the guest `asid` (C-bit set); asid 0 is the host and moves bytes as they are. Addresses are system physical
+ * bytes. Reading what another ASID wrote gives noise and CSVF_OK, as on the hardware.
+ *
+ * SHARED: any number of threads may call these on one engine. Accesses of different threads to different bytes are each done in full,
+ * also when the bytes share a 16-byte block. When threads write the same bytes at once without agreement, those blocks
+ * end as one of the values or as noise, never anything else.
+ *
+ *   write, read   any address, any length; edge blocks of writes are read, merged and encrypted again
+ *   write_pages,  whole pages from page frame pfn on; with threads > 1 in the config large runs use the workers
+ *   read_pages
+ *   write_line,   one 64-byte line at an address that is a multiple of 64
+ *   read_line
+ *   encrypt_in_place   [address, address + length) holds plaintext put there by ASID 0; becomes that guest's memory.
+ *                      16-byte aligned (LAUNCH_UPDATE_DATA's rule)
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_RANGE, CSVF_ERR_ALIGNMENT, CSVF_ERR_ASID, CSVF_ERR_OVERLAP (the
+ * caller's buffer lies inside the DRAM). */
+CSVF_API CSVF_MUST_CHECK int csvf_write(csvf_engine *engine, uint32_t asid, uint64_t address, const void *data,
+                                        size_t length);
+CSVF_API CSVF_MUST_CHECK int csvf_read(csvf_engine *engine, void *data, size_t length, uint32_t asid, uint64_t address);
+CSVF_API CSVF_MUST_CHECK int csvf_write_pages(csvf_engine *engine, uint32_t asid, uint64_t pfn, const void *data,
+                                              size_t count);
+CSVF_API CSVF_MUST_CHECK int csvf_read_pages(csvf_engine *engine, void *data, size_t count, uint32_t asid, uint64_t pfn);
+CSVF_API CSVF_MUST_CHECK int csvf_write_line(csvf_engine *engine, uint32_t asid, uint64_t address,
+                                             const uint8_t data[64]);
+CSVF_API CSVF_MUST_CHECK int csvf_read_line(csvf_engine *engine, uint8_t data[64], uint32_t asid, uint64_t address);
+CSVF_API CSVF_MUST_CHECK int csvf_encrypt_in_place(csvf_engine *engine, uint32_t asid, uint64_t address, size_t length);
+
+/* Launch: measures the plaintext in DRAM and encrypts it in place in the same pass (chunks that stay in cache).
+ *   Out/InOut: linear    csvf_sm3 that continues over the plaintext in address order (the launch digest of section 6); NULL = not wanted
+ *              digests   32 bytes per page: SM3 of each plaintext page, the leaves of the page tree; NULL = not wanted. Needs
+ *                        page-aligned address and length.
+ *   In: address, length  multiples of 16
+ * Returns: as csvf_encrypt_in_place. SHARED, but `linear` is the caller's. */
+CSVF_API CSVF_MUST_CHECK int csvf_launch_update(csvf_engine *engine, csvf_sm3 *linear, uint8_t *digests, uint32_t asid,
+                                                uint64_t address, size_t length);
+
+/* Out: *stats, a sum that is exact when no other call is running. Returns: CSVF_OK, CSVF_ERR_ARGUMENT. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_stats(const csvf_engine *engine, csvf_stats *stats);
+
+/* ---- Worker threads without an engine ----------------------------------------------------------------------------- */
+
+typedef struct csvf_pool csvf_pool;
+
+/* threads >= 1, the calling thread counted. Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_MEMORY, CSVF_ERR_SYSTEM. */
+CSVF_API CSVF_MUST_CHECK int csvf_pool_create(csvf_pool **pool, uint32_t threads);
+CSVF_API void csvf_pool_destroy(csvf_pool *pool);
+
+/* csvf_xts_encrypt / _decrypt and csvf_sm3_blocks with the work split over the pool's threads. NULL pool = calling thread only.
+ * One call at a time uses a pool; a second one waits. Returns: as the plain calls. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_pool_xts_encrypt(csvf_pool *pool, const csvf_xts *xts, uint8_t *out, const uint8_t *in,
+                                                   size_t length, size_t unit_size, uint64_t first_unit);
+CSVF_API CSVF_MUST_CHECK int csvf_pool_xts_decrypt(csvf_pool *pool, const csvf_xts *xts, uint8_t *out, const uint8_t *in,
+                                                   size_t length, size_t unit_size, uint64_t first_unit);
+CSVF_API CSVF_MUST_CHECK int csvf_pool_sm3_blocks(csvf_pool *pool, uint8_t *digests, const uint8_t *prefix,
+                                                  size_t prefix_length, const uint8_t *data, size_t block_length,
+                                                  size_t count);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* CSVFAST_H */

@@ -1,0 +1,198 @@
+#include "secret_operations.h"
+
+#include <string.h>
+
+#include "checkmem.h"
+
+static csvf_engine *engine;
+
+/* Public by design: whether K1 = K2, whether a tag matched, the final status. The library declassifies nothing itself, so the
+ * operations below use keys whose halves differ and look only at statuses. */
+
+static int xts_key_schedule(uint8_t *out, const uint8_t *secret)
+{
+    csvf_xts xts;
+    (void)out;
+    int status = csvf_xts_init(&xts, secret, CSVF_STANDARD_GB);
+    csvf_wipe(&xts, sizeof xts);
+    return status;
+}
+
+static int xts_with(uint8_t *out, const uint8_t *secret, int standard, size_t length, size_t unit)
+{
+    csvf_xts xts;
+    int status = csvf_xts_init(&xts, secret, standard);
+    if (status == CSVF_OK)
+        status = csvf_xts_encrypt(&xts, out, secret + 32, length, unit, 5);
+    if (status == CSVF_OK)
+        status = csvf_xts_decrypt(&xts, out, out, length, unit, 5);
+    csvf_wipe(&xts, sizeof xts);
+    return status;
+}
+
+static int xts_pages_gb(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_GB, 8192, 4096); }
+static int xts_pages_ieee(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_IEEE, 8192, 4096); }
+static int xts_sectors(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_GB, 2048, 512); }
+static int xts_stealing(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_GB, 1003, 1003); }
+static int xts_stealing_short(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_IEEE, 17, 17); }
+
+static int xts_lines_of(uint8_t *out, const uint8_t *secret, int standard)
+{
+    static const uint64_t addresses[9] = {0, 64, 4096 - 64, 4096, 1 << 20, 64 * 7, 8192 + 64, 4032, 64 * 33};
+    csvf_xts xts;
+    int status = csvf_xts_init(&xts, secret, standard);
+    if (status == CSVF_OK)
+        status = csvf_xts_encrypt_lines(&xts, out, secret + 32, addresses, 9);
+    if (status == CSVF_OK)
+        status = csvf_xts_decrypt_lines(&xts, out, out, addresses, 9);
+    if (status == CSVF_OK)
+        status = csvf_xts_encrypt_span(&xts, out, secret + 32, 64, 3, 64 * 13);
+    csvf_wipe(&xts, sizeof xts);
+    return status;
+}
+
+static int xts_lines_gb(uint8_t *out, const uint8_t *secret) { return xts_lines_of(out, secret, CSVF_STANDARD_GB); }
+static int xts_lines_ieee(uint8_t *out, const uint8_t *secret) { return xts_lines_of(out, secret, CSVF_STANDARD_IEEE); }
+
+static int ctr_stream(uint8_t *out, const uint8_t *secret)
+{
+    csvf_sm4_ctr ctr;
+    static const uint8_t counter[16] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xfe};
+    int status = csvf_sm4_ctr_init(&ctr, secret, counter);
+    if (status == CSVF_OK)
+        status = csvf_sm4_ctr_crypt(&ctr, out, secret + 16, 37);
+    if (status == CSVF_OK)
+        status = csvf_sm4_ctr_crypt(&ctr, out + 37, secret + 53, 4200);
+    csvf_wipe(&ctr, sizeof ctr);
+    return status;
+}
+
+static int gcm_both_ways(uint8_t *out, const uint8_t *secret)
+{
+    csvf_sm4_gcm gcm;
+    static const uint8_t nonce[13] = {1, 2, 3};
+    int status = csvf_sm4_gcm_init(&gcm, secret);
+    if (status == CSVF_OK)
+        status = csvf_sm4_gcm_encrypt(&gcm, out, out + 8192, 16, nonce, 12, secret + 16, 20, secret + 64, 1000);
+    if (status == CSVF_OK)
+        status = csvf_sm4_gcm_encrypt(&gcm, out, out + 8192, 16, nonce, 13, NULL, 0, secret + 64, 40);
+    if (status == CSVF_OK) {
+        /* The ciphertext and its tag travel in public; whether they match is public too. */
+        PUBLIC(out, 40);
+        PUBLIC(out + 8192, 16);
+        status = csvf_sm4_gcm_decrypt(&gcm, out + 4096, out + 8192, 16, nonce, 13, NULL, 0, out, 40);
+    }
+    csvf_wipe(&gcm, sizeof gcm);
+    return status;
+}
+
+static int sm3_stream(uint8_t *out, const uint8_t *secret)
+{
+    csvf_sm3 sm3;
+    csvf_sm3_init(&sm3);
+    csvf_sm3_update(&sm3, secret, 100);
+    csvf_sm3_update(&sm3, secret + 100, 1000);
+    csvf_sm3_final(&sm3, out);
+    return CSVF_OK;
+}
+
+static int hmac_and_kdf(uint8_t *out, const uint8_t *secret)
+{
+    csvf_hmac_sm3 hmac;
+    csvf_hmac_sm3_init(&hmac, secret, 32);
+    csvf_hmac_sm3_update(&hmac, secret + 32, 333);
+    csvf_hmac_sm3_final(&hmac, out);
+    csvf_hmac_sm3_init(&hmac, secret, 100);
+    csvf_hmac_sm3_update(&hmac, secret + 32, 10);
+    csvf_hmac_sm3_final(&hmac, out + 32);
+    csvf_wipe(&hmac, sizeof hmac);
+    return csvf_sm3_kdf(out + 64, 100, secret, 48);
+}
+
+static int sm3_many_mixed(uint8_t *out, const uint8_t *secret)
+{
+    const uint8_t *data[37];
+    size_t lengths[37];
+    for (size_t i = 0; i < 37; i++) {
+        data[i] = secret + 100 * i;
+        lengths[i] = (i * 53) % 400;
+    }
+    csvf_sm3_many(out, data, lengths, 37);
+    static const uint8_t salt[32] = {1};
+    return csvf_sm3_blocks(out, salt, 32, secret, 256, 40);
+}
+
+static int memory_access(uint8_t *out, const uint8_t *secret)
+{
+    int status = csvf_asid_install(engine, 1, secret, 32);
+    if (status == CSVF_OK)
+        status = csvf_write(engine, 1, 4096 + 5, secret + 32, 9000);
+    if (status == CSVF_OK)
+        status = csvf_read(engine, out, 9000, 1, 4096 + 5);
+    if (status == CSVF_OK)
+        status = csvf_write_line(engine, 1, 640, secret + 32);
+    if (status == CSVF_OK)
+        status = csvf_read_line(engine, out, 1, 640);
+    if (status == CSVF_OK)
+        status = csvf_write_pages(engine, 1, 4, secret + 32, 2);
+    if (status == CSVF_OK)
+        status = csvf_launch_update(engine, NULL, out, 1, 8 * 4096, 2 * 4096);
+    int removed = csvf_asid_remove(engine, 1);
+    return status == CSVF_OK ? removed : status;
+}
+
+static int equality(uint8_t *out, const uint8_t *secret)
+{
+    int same = csvf_equal(secret, secret + 1024, 1024);
+    memcpy(out, &same, sizeof same);
+    return CSVF_OK;
+}
+
+static int control_branch(uint8_t *out, const uint8_t *secret)
+{
+    volatile uint8_t odd = 0;
+    for (size_t i = 0; i < 64; i++)
+        if (secret[i] & 1)
+            odd++;
+    out[0] = odd;
+    return CSVF_OK;
+}
+
+static int control_index(uint8_t *out, const uint8_t *secret)
+{
+    static volatile uint8_t table[256];
+    out[0] = 0;
+    for (size_t i = 0; i < 64; i++)
+        out[0] ^= table[secret[i]];
+    return CSVF_OK;
+}
+
+const operation OPERATIONS[] = {
+    {"xts key schedule", CSVF_PRIMITIVE_SM4, xts_key_schedule, 0},
+    {"xts 4 KiB units, GB", CSVF_PRIMITIVE_SM4, xts_pages_gb, 0},
+    {"xts 4 KiB units, IEEE", CSVF_PRIMITIVE_SM4, xts_pages_ieee, 0},
+    {"xts 512-byte units", CSVF_PRIMITIVE_SM4, xts_sectors, 0},
+    {"xts stealing, 1003 bytes", CSVF_PRIMITIVE_SM4, xts_stealing, 0},
+    {"xts stealing, 17 bytes", CSVF_PRIMITIVE_SM4, xts_stealing_short, 0},
+    {"xts lines, GB", CSVF_PRIMITIVE_SM4, xts_lines_gb, 0},
+    {"xts lines, IEEE", CSVF_PRIMITIVE_SM4, xts_lines_ieee, 0},
+    {"ctr", CSVF_PRIMITIVE_SM4, ctr_stream, 0},
+    {"gcm", CSVF_PRIMITIVE_SM4, gcm_both_ways, 0},
+    {"gcm, ghash kernels", CSVF_PRIMITIVE_GHASH, gcm_both_ways, 0},
+    {"memory", CSVF_PRIMITIVE_SM4, memory_access, 0},
+    {"sm3", CSVF_PRIMITIVE_SM3, sm3_stream, 0},
+    {"hmac, kdf", CSVF_PRIMITIVE_SM3, hmac_and_kdf, 0},
+    {"sm3 many", CSVF_PRIMITIVE_SM3_MANY, sm3_many_mixed, 0},
+    {"equality", CSVF_PRIMITIVE_SM3, equality, 0},
+    {"control: branch", CSVF_PRIMITIVE_SM3, control_branch, 1},
+    {"control: index", CSVF_PRIMITIVE_SM3, control_index, 1},
+};
+const size_t OPERATION_COUNT = sizeof OPERATIONS / sizeof OPERATIONS[0];
+
+int operations_prepare(void) { return csvf_engine_create(&engine, 16 * 4096, NULL); }
+
+void operations_release(void)
+{
+    csvf_engine_destroy(engine);
+    engine = NULL;
+}

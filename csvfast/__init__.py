@@ -1,0 +1,46 @@
+"""csvfast: HaiGuang (Hygon) CSV confidential computing in software.
+
+The names most people need stand here; :mod:`csvfast.crypto` holds SM3 and SM4, :mod:`csvfast.memory` the encrypted memory,
+:mod:`csvfast.measure` the measurement of images, :mod:`csvfast.errors` every exception.
+
+    >>> import csvfast
+    >>> csvfast.sm3(b"abc").hexdigest()
+    '66c7f0f462eeedd9d1f2d46bdc10e4e24167c4875cf2f7a2297da02b8f4ba8e0'
+    >>> with csvfast.EncryptedMemory(1 << 20) as memory:
+    ...     _ = memory.install(1)
+    ...     memory.write(0x1000, b"secret", asid=1)
+    ...     memory.read(0x1000, 6, asid=1)
+    b'secret'
+"""
+
+from __future__ import annotations
+
+from csvfast import errors
+from csvfast._core import WorkerPool, hmac_sm3, sm3, sm3_blocks, sm3_kdf, sm3_many
+from csvfast._runtime import force_kernel, get_include, info
+from csvfast._runtime import version as _version
+from csvfast.crypto import SM4CTR, SM4GCM, SM4XTS, sm3_file
+from csvfast.errors import CsvfastError
+from csvfast.memory import EncryptedMemory
+
+__version__ = _version()
+
+__all__ = [
+    "SM4CTR",
+    "SM4GCM",
+    "SM4XTS",
+    "CsvfastError",
+    "EncryptedMemory",
+    "WorkerPool",
+    "__version__",
+    "errors",
+    "force_kernel",
+    "get_include",
+    "hmac_sm3",
+    "info",
+    "sm3",
+    "sm3_blocks",
+    "sm3_file",
+    "sm3_kdf",
+    "sm3_many",
+]

@@ -1,0 +1,156 @@
+"""C declarations of csvfast.h, for this binding and for other Cython code that links libcsvfast.
+
+The header is the reference; `csvfast.get_include()` says where it is.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+cdef extern from "csvfast.h" nogil:
+    enum:
+        CSVF_PAGE_BYTES
+        CSVF_LINE_BYTES
+        CSVF_BLOCK_BYTES
+        CSVF_XTS_KEY_BYTES
+        CSVF_SM4_KEY_BYTES
+        CSVF_SM3_BYTES
+        CSVF_SM3_BLOCK_BYTES
+        CSVF_XTS_UNIT_MIN
+        CSVF_XTS_UNIT_MAX
+
+        CSVF_OK
+        CSVF_ERR_ARGUMENT
+        CSVF_ERR_LENGTH
+        CSVF_ERR_RANGE
+        CSVF_ERR_ALIGNMENT
+        CSVF_ERR_OVERLAP
+        CSVF_ERR_KEY
+        CSVF_ERR_ASID
+        CSVF_ERR_BUSY
+        CSVF_ERR_AUTHENTICATION
+        CSVF_ERR_MEMORY
+        CSVF_ERR_SYSTEM
+        CSVF_ERR_KERNEL
+        CSVF_ERR_STATE
+        CSVF_ERR_LIMIT
+
+        CSVF_PRIMITIVE_COUNT
+        CSVF_STANDARD_GB
+        CSVF_STANDARD_IEEE
+        CSVF_TWEAK_XTS
+        CSVF_TWEAK_LINE
+
+    const char *csvf_status_text(int status)
+    int csvf_init()
+    const char *csvf_version()
+    const char *csvf_cpu_features()
+    const char *csvf_primitive_name(int primitive)
+    size_t csvf_kernel_count(int primitive)
+    const char *csvf_kernel_at(int primitive, size_t index)
+    int csvf_kernel_available(int primitive, const char *name)
+    const char *csvf_kernel_name(int primitive)
+    int csvf_force_kernel(int primitive, const char *name)
+    void csvf_wipe(void *data, size_t length)
+    int csvf_equal(const void *a, const void *b, size_t length)
+
+    ctypedef struct csvf_sm3:
+        pass
+    ctypedef struct csvf_hmac_sm3:
+        pass
+    void csvf_sm3_init(csvf_sm3 *sm3)
+    void csvf_sm3_update(csvf_sm3 *sm3, const void *data, size_t length)
+    void csvf_sm3_final(csvf_sm3 *sm3, uint8_t *digest)
+    void csvf_sm3_digest(uint8_t *digest, const void *data, size_t length)
+    void csvf_sm3_many(uint8_t *digests, const uint8_t *const *data, const size_t *lengths, size_t count)
+    int csvf_sm3_blocks(uint8_t *digests, const uint8_t *prefix, size_t prefix_length, const uint8_t *data,
+                        size_t block_length, size_t count)
+    void csvf_hmac_sm3_init(csvf_hmac_sm3 *hmac, const uint8_t *key, size_t key_length)
+    void csvf_hmac_sm3_update(csvf_hmac_sm3 *hmac, const void *data, size_t length)
+    void csvf_hmac_sm3_final(csvf_hmac_sm3 *hmac, uint8_t *mac)
+    int csvf_sm3_kdf(uint8_t *out, size_t out_length, const uint8_t *secret, size_t secret_length)
+
+    ctypedef struct csvf_sm4_ctr:
+        pass
+    ctypedef struct csvf_sm4_gcm:
+        pass
+    int csvf_sm4_ctr_init(csvf_sm4_ctr *ctr, const uint8_t *key, const uint8_t *counter)
+    int csvf_sm4_ctr_crypt(csvf_sm4_ctr *ctr, uint8_t *out, const uint8_t *data, size_t length)
+    int csvf_sm4_gcm_init(csvf_sm4_gcm *gcm, const uint8_t *key)
+    int csvf_sm4_gcm_encrypt(const csvf_sm4_gcm *gcm, uint8_t *out, uint8_t *tag, size_t tag_length,
+                             const uint8_t *nonce, size_t nonce_length, const uint8_t *aad, size_t aad_length,
+                             const uint8_t *data, size_t length)
+    int csvf_sm4_gcm_decrypt(const csvf_sm4_gcm *gcm, uint8_t *out, const uint8_t *tag, size_t tag_length,
+                             const uint8_t *nonce, size_t nonce_length, const uint8_t *aad, size_t aad_length,
+                             const uint8_t *data, size_t length)
+
+    ctypedef struct csvf_xts:
+        pass
+    int csvf_xts_init(csvf_xts *xts, const uint8_t *key, int standard)
+    int csvf_xts_encrypt(const csvf_xts *xts, uint8_t *out, const uint8_t *data, size_t length, size_t unit_size,
+                         uint64_t first_unit)
+    int csvf_xts_decrypt(const csvf_xts *xts, uint8_t *out, const uint8_t *data, size_t length, size_t unit_size,
+                         uint64_t first_unit)
+    int csvf_xts_encrypt_unit(const csvf_xts *xts, uint8_t *out, const uint8_t *data, size_t length,
+                              const uint8_t *tweak)
+    int csvf_xts_decrypt_unit(const csvf_xts *xts, uint8_t *out, const uint8_t *data, size_t length,
+                              const uint8_t *tweak)
+    int csvf_xts_encrypt_span(const csvf_xts *xts, uint8_t *out, const uint8_t *data, size_t length, uint64_t unit,
+                              size_t offset)
+    int csvf_xts_decrypt_span(const csvf_xts *xts, uint8_t *out, const uint8_t *data, size_t length, uint64_t unit,
+                              size_t offset)
+    int csvf_xts_encrypt_lines(const csvf_xts *xts, uint8_t *out, const uint8_t *data, const uint64_t *addresses,
+                               size_t count)
+    int csvf_xts_decrypt_lines(const csvf_xts *xts, uint8_t *out, const uint8_t *data, const uint64_t *addresses,
+                               size_t count)
+
+    ctypedef struct csvf_config:
+        size_t struct_size
+        uint64_t base_address
+        uint32_t asid_max
+        int standard
+        int tweak_model
+        uint32_t threads
+    ctypedef struct csvf_engine:
+        pass
+    ctypedef struct csvf_stats:
+        size_t struct_size
+        uint64_t bytes_encrypted
+        uint64_t bytes_decrypted
+        uint64_t bytes_host
+        uint64_t read_modify_writes
+        uint64_t tweak_hits
+        uint64_t tweak_misses
+        uint64_t keys_installed
+        uint64_t keys_removed
+        uint32_t asids_active
+    int csvf_engine_create(csvf_engine **engine, size_t size, const csvf_config *config)
+    int csvf_engine_create_on(csvf_engine **engine, void *dram, size_t size, const csvf_config *config)
+    int csvf_engine_create_file(csvf_engine **engine, int fd, uint64_t offset, size_t size, const csvf_config *config)
+    void csvf_engine_destroy(csvf_engine *engine)
+    uint8_t *csvf_engine_dram(csvf_engine *engine)
+    size_t csvf_engine_size(const csvf_engine *engine)
+    uint64_t csvf_engine_base(const csvf_engine *engine)
+    int csvf_engine_sync(csvf_engine *engine)
+    int csvf_asid_install(csvf_engine *engine, uint32_t asid, const uint8_t *key, size_t key_length)
+    int csvf_asid_remove(csvf_engine *engine, uint32_t asid)
+    int csvf_asid_state(const csvf_engine *engine, uint64_t *generation, int *installed, uint32_t asid)
+    int csvf_write(csvf_engine *engine, uint32_t asid, uint64_t address, const void *data, size_t length)
+    int csvf_read(csvf_engine *engine, void *data, size_t length, uint32_t asid, uint64_t address)
+    int csvf_write_pages(csvf_engine *engine, uint32_t asid, uint64_t pfn, const void *data, size_t count)
+    int csvf_read_pages(csvf_engine *engine, void *data, size_t count, uint32_t asid, uint64_t pfn)
+    int csvf_write_line(csvf_engine *engine, uint32_t asid, uint64_t address, const uint8_t *data)
+    int csvf_read_line(csvf_engine *engine, uint8_t *data, uint32_t asid, uint64_t address)
+    int csvf_encrypt_in_place(csvf_engine *engine, uint32_t asid, uint64_t address, size_t length)
+    int csvf_launch_update(csvf_engine *engine, csvf_sm3 *linear, uint8_t *digests, uint32_t asid, uint64_t address,
+                           size_t length)
+    int csvf_engine_stats(const csvf_engine *engine, csvf_stats *stats)
+
+    ctypedef struct csvf_pool:
+        pass
+    int csvf_pool_create(csvf_pool **pool, uint32_t threads)
+    void csvf_pool_destroy(csvf_pool *pool)
+    int csvf_pool_xts_encrypt(csvf_pool *pool, const csvf_xts *xts, uint8_t *out, const uint8_t *data, size_t length,
+                              size_t unit_size, uint64_t first_unit)
+    int csvf_pool_xts_decrypt(csvf_pool *pool, const csvf_xts *xts, uint8_t *out, const uint8_t *data, size_t length,
+                              size_t unit_size, uint64_t first_unit)
+    int csvf_pool_sm3_blocks(csvf_pool *pool, uint8_t *digests, const uint8_t *prefix, size_t prefix_length,
+                             const uint8_t *data, size_t block_length, size_t count)

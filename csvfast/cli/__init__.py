@@ -1,0 +1,114 @@
+"""The `csvfast` command: one command, one room per subject.
+
+    csvfast info | bench | measure image|launch|verity | memory demo
+
+Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from csvfast.cli import bench as _bench
+from csvfast.cli import info as _info
+from csvfast.cli import measure as _measure
+from csvfast.cli import memory as _memory
+from csvfast.cli.common import INTERRUPTED, ExitCode, exit_code_of, is_expected, report_error
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="csvfast",
+    help="HaiGuang (Hygon) CSV confidential computing in software: encrypted guest memory and measurement.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import csvfast
+
+        print(f"csvfast {csvfast.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """HaiGuang (Hygon) CSV confidential computing in software: encrypted guest memory and measurement."""
+
+
+app.command("info")(_info.info)
+app.command("bench")(_bench.bench)
+app.add_typer(_measure.app, name="measure")
+app.add_typer(_memory.app, name="memory")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code (the console script hands it to sys.exit).
+
+    In: arguments   without the program's name; None = sys.argv
+    CSVFAST_TRACEBACK=1 in the environment shows the traceback of an error as well as its line.
+    """
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("csvfast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return ExitCode.OK
+
+
+def _run(arguments: list[str]) -> int:
+    # The command is invoked by hand, not through its own main(): that one turns Ctrl-C and broken pipes into exit
+    # code 1, which here means that a check failed.
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("csvfast", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.Abort:
+        return INTERRUPTED
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise
+    except Exception as error:
+        # typer's usage errors bring their own rendering; newer releases carry a private copy of click, so they are
+        # known by what they can do and not by a class that could be imported.
+        show = getattr(error, "format_message", None)
+        if show is not None:
+            return _usage(error, str(show()))
+        if os.environ.get("CSVFAST_TRACEBACK") == "1" or not is_expected(error):
+            traceback.print_exc()
+        report_error(error)
+        return exit_code_of(error)
+    return ExitCode.OK
+
+
+def _usage(error: Exception, message: str) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+        return ExitCode.USAGE
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        print(context.get_usage(), file=sys.stderr)
+        print(f"Try '{context.command_path} --help' for help.", file=sys.stderr)
+    print(f"csvfast: error: {' '.join(message.split())}", file=sys.stderr)
+    return ExitCode.USAGE

@@ -1,0 +1,148 @@
+"""`csvfast bench`: csvfast's kernels and the peers on this machine, side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from csvfast.cli.common import CommandError, ExitCode, console, format_bytes, format_rate, parse_size, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from csvfast.benchmark import Machine, Plan, Result
+
+__all__ = ["bench", "print_table"]
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Short runs: a tenth of the time, three rounds.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Only this name or these that begin so; repeat for more.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option("--kernel", metavar="NAME", help="Only this kernel; repeat for more.")] = None,
+    threads: Annotated[str, typer.Option("--threads", metavar="N[,N...]", help="Thread counts to measure.")] = "1",
+    size: Annotated[list[str] | None, typer.Option("--size", metavar="SIZE", help="Buffer of each thread; repeat for more. Default 64MiB.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0.001, max=600, help="Time for each figure. Default 1, with --quick 0.1.")] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Compare with the other implementations found.")] = True,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is standard output (no table then).")] = None,
+    chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="Draw a chart: .svg or .png.")] = None,
+) -> None:
+    """Measure every primitive on every kernel against the peers on this machine."""
+    if chart is not None and chart.suffix.lower() not in (".svg", ".png"):
+        raise CommandError(f"--chart {str(chart)!r}: expected a name ending in .svg or .png")
+    for path in (chart, json_path):
+        if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+            raise CommandError(f"{path}: the directory {str(path.absolute().parent)!r} does not exist", ExitCode.ENVIRONMENT)
+    plans = _plans(only, kernel, threads, size or ["64MiB"], peers)
+
+    from csvfast.benchmark import machine_facts
+
+    to_stdout = json_path is not None and str(json_path) == "-"
+    machine = machine_facts()
+    results = _measure(plans, seconds or (0.1 if quick else 1.0), 3 if quick else 7, quiet=to_stdout)
+    document = {"machine": machine, "results": results}
+
+    import json
+
+    from csvfast._files import write_atomically
+
+    text = json.dumps(document, indent=2) + "\n"
+    if to_stdout:
+        sys.stdout.write(text)
+    else:
+        print_table(console(), machine, results)
+        if json_path is not None:
+            write_atomically(json_path, text)
+    if chart is not None:
+        from csvfast.benchmark.chart import draw_chart
+
+        draw_chart(chart, results, machine)
+
+
+def _plans(only: list[str] | None, kernels: list[str] | None, threads: str, sizes: list[str], peers: bool) -> list[Plan]:
+    """One plan for each buffer size. Every option is checked before anything runs."""
+    import csvfast
+    from csvfast.benchmark import NAMES, Plan
+
+    names = tuple(name for name in NAMES if only is None or any(name == want or name.startswith(want) for want in only))
+    unknown = [want for want in only or () if not any(name.startswith(want) for name in NAMES)]
+    if unknown:
+        raise CommandError(f"--only {unknown[0]!r}: expected one of {', '.join(NAMES)}, or how some of them begin")
+    entries = csvfast.info()["kernels"].values()
+    known = {name for entry in entries for name in entry["compiled"]}
+    usable = {name for entry in entries for name in entry["available"]}
+    for name in kernels or ():
+        if name not in known:
+            raise CommandError(f"--kernel {name!r}: expected one of {', '.join(sorted(known))}")
+        if name not in usable:
+            raise CommandError(f"--kernel {name!r}: this CPU cannot run it", ExitCode.ENVIRONMENT)
+    try:
+        counts = tuple(int(text) for text in threads.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or not all(1 <= count <= 1024 for count in counts):
+        raise CommandError(f"--threads {threads!r}: expected numbers from 1 to 1024 with commas between")
+    plans = []
+    for text in sizes:
+        count = parse_size(text)
+        if count < 4096 or count % 4096 or count > 16 << 30:
+            raise CommandError(f"--size {text!r}: expected a multiple of 4096 bytes from 4KiB to 16GiB")
+        plans.append(Plan(count, names, tuple(kernels) if kernels else None, counts, peers))
+    return plans
+
+
+def _measure(plans: list[Plan], seconds: float, rounds: int, *, quiet: bool) -> list[Result]:
+    from csvfast.benchmark import make_cases, run_cases
+
+    # Cases are made twice, here to count them: making one costs a known-answer check, not a measurement.
+    cases = [case for plan in plans for case in make_cases(plan)]
+    if not cases:
+        raise CommandError("nothing to measure: none of the primitives asked for has the kernel asked for")
+    with progress("benchmark", len(cases) * rounds, unit="runs", enabled=not quiet) as advance:
+        return list(run_cases(cases, seconds=seconds, rounds=rounds, started=lambda _label: advance(1)))
+
+
+def print_table(out: Console, machine: Machine, results: list[Result]) -> None:
+    """The machine's facts and one table: rate, cycles per byte, and the ratio to the best peer of the same name."""
+    from rich.table import Table
+
+    clock = machine["clock_hertz"]
+    kernels = ", ".join(f"{primitive} {name}" for primitive, name in machine["kernels"].items())
+    out.print(f"[bold]{machine['cpu'] or machine['architecture']}[/], {machine['cpus']} CPUs, "
+              + (f"clock {clock / 1e9:.2f} GHz ({machine['clock_source']}), " if clock else "")
+              + f"governor {machine['governor'] or 'not readable'}")  # fmt: skip
+    out.print(f"{machine['system']}; Python {machine['python']}; {machine['openssl']}")
+    out.print(f"kernels without forcing: {kernels}")
+    table = Table(caption="c/B: cycles per byte of one thread at the estimated clock. Ratio: to the fastest peer of that "
+                  "name, thread count and clock. Median of rounds; CPU time for one thread, wall time (w) otherwise.",
+                  caption_justify="left")  # fmt: skip
+    for heading, justify in (("name", "left"), ("kernel or peer", "left"), ("threads", "right"), ("buffer", "right"),
+                             ("rate", "right"), ("c/B", "right"), ("x best peer", "right"), ("spread", "right")):  # fmt: skip
+        table.add_column(heading, justify="right" if justify == "right" else "left", no_wrap=heading != "name")
+    best = _best_peers(results)
+    previous = ""
+    for result in results:
+        rate = result.get("bytes_per_second", 0.0)
+        if previous and result["name"] != previous:
+            table.add_section()
+        shown, previous = result["name"] if result["name"] != previous else "", result["name"]
+        variant = f" ({result['variant']})" if result["variant"] else ""
+        peer_rate = best.get((result["name"], result["threads"]))
+        ratio = f"{rate / peer_rate:.2f}" if peer_rate and result["peer"] is None else ""
+        cycles = f"{clock * result['threads'] / rate:.3g}" if clock and rate else ""
+        style = "" if result["peer"] is None else "dim"
+        table.add_row(shown, (result["peer"] or result["kernel"] or "csvfast") + variant, str(result["threads"]),
+                      format_bytes(result["buffer_bytes"]), format_rate(rate) + (" w" if result["clock"] == "wall" else ""),
+                      cycles, ratio, f"{result['spread']:.0%}", style=style)  # fmt: skip
+    out.print(table)
+
+
+def _best_peers(results: list[Result]) -> dict[tuple[str, int], float]:
+    best: dict[tuple[str, int], float] = {}
+    for result in results:
+        if result["peer"] is not None and result["peer"] != "libc":
+            key = (result["name"], result["threads"])
+            best[key] = max(best.get(key, 0.0), result.get("bytes_per_second", 0.0))
+    return best

@@ -1,0 +1,278 @@
+"""The launch digest a guest's attestation report will carry, computed before the guest exists.
+
+    CSV, CSV2    digest = SM3(firmware ‖ hash table ‖ VMSAs)
+
+The firmware is the whole image. The hash table is there with direct boot (a kernel): 176 bytes with the SHA-256 of the command
+line and a NUL, of the initrd (empty when there is none) and of the kernel. VMSAs (one page per vCPU) enter only with
+vmsa="amd", see vmsa.py. Only bytes are hashed, no addresses: the pieces one after the other.
+
+Files are streamed; a 2 GB initrd costs no more memory than a small one.
+
+Source: specification sections 6.1 to 6.3; QEMU target/i386/sev.c (table layout only).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID
+
+from csvfast import _core
+from csvfast.measure.errors import ParameterError
+from csvfast.measure.ovmf import GuidTable
+from csvfast.measure.source import STDIN, Path, Progress, Source, total_size
+from csvfast.measure.vmsa import BSP_ADDRESS, DEFAULT_CPU_SIGNATURE, vmsa_page
+
+__all__ = ["HashedInput", "LaunchDigest", "LaunchPiece", "Vmsa", "hash_table", "launch_digest"]
+
+Vmsa = Literal["none", "amd"]
+
+TABLE_GUID = UUID("9438d606-4f22-4cc9-b479-a793d411fd21")
+COMMAND_LINE_GUID = UUID("97d02dd8-bd20-4c94-aa78-e7714d36ab2a")
+INITRD_GUID = UUID("44baf731-3a2f-4bd7-9af1-41e29169781d")
+KERNEL_GUID = UUID("4de79437-abd2-427f-b835-d5b172d2045b")
+TABLE_BYTES = 168
+TABLE_PADDED_BYTES = 176
+ENTRY_BYTES = 50
+SHA256_BYTES = 32
+PAGE_BYTES = 4096
+FOUR_GIB = 1 << 32
+VCPUS_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class HashedInput:
+    """A file or text whose SHA-256 stands in the hash table. `path` is None for text and for what is absent."""
+
+    name: str
+    path: str | None
+    size: int
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPiece:
+    """One piece of the measured bytes: its own SM3, and the SM3 of everything up to its end. `address` is where it is put in
+    guest memory, for information only, None when that is not known."""
+
+    name: str
+    size: int
+    address: int | None
+    sm3: bytes
+    running: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchDigest:
+    """A launch digest and all it was made of. Thread-safety: immutable."""
+
+    digest: bytes
+    pieces: tuple[LaunchPiece, ...]
+    inputs: tuple[HashedInput, ...]
+    append: str | None
+    vmsa: Vmsa
+    vcpus: int
+    cpu_signature: int
+    warnings: tuple[str, ...]
+    seconds: float
+
+    @property
+    def hexdigest(self) -> str:
+        """The digest as 64 hexadecimal digits."""
+        return self.digest.hex()
+
+    def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
+        """For JSON; with explain also every input and piece."""
+        record: dict[str, Any] = {"digest": self.hexdigest, "vmsa": self.vmsa}
+        if self.vmsa == "amd":
+            record |= {"vcpus": self.vcpus, "cpu_signature": f"{self.cpu_signature:#x}"}
+        record |= {"bytes": sum(piece.size for piece in self.pieces), "seconds": round(self.seconds, 6)}
+        if explain:
+            record["append"] = self.append
+            record["inputs"] = [
+                {"name": item.name, "path": item.path, "bytes": item.size, "sha256": item.sha256.hex()} for item in self.inputs
+            ]
+            record["pieces"] = [
+                {
+                    "name": piece.name,
+                    "bytes": piece.size,
+                    "address": None if piece.address is None else f"{piece.address:#x}",
+                    "sm3": piece.sm3.hex(),
+                    "running": piece.running.hex(),
+                }
+                for piece in self.pieces
+            ]
+        record["warnings"] = list(self.warnings)
+        return record
+
+
+def launch_digest(
+    firmware: Path,
+    *,
+    kernel: Path | None = None,
+    initrd: Path | None = None,
+    append: str | None = None,
+    vmsa: Vmsa = "none",
+    vcpus: int = 1,
+    cpu_signature: int = DEFAULT_CPU_SIGNATURE,
+    force_hash_table: bool = False,
+    progress: Progress | None = None,
+) -> LaunchDigest:
+    """Computes the expected launch digest of a CSV or CSV2 guest.
+
+    Args: firmware: the OVMF image given as pflash unit 0. kernel, initrd, append: direct boot, as given to QEMU's -kernel, -initrd
+        and -append; initrd and append need a kernel. vmsa: "none", or "amd" to add save areas of vcpus processors with
+        cpu_signature (CPUID leaf 1 EAX). force_hash_table: adds the hash table although the firmware publishes no area for it.
+            Such a digest is for experiments: QEMU refuses that firmware with a kernel. progress: over the bytes of all files.
+    Raises: HashTableAreaError, ResetBlockError, FirmwareTableError, EmptySourceError, ParameterError, SourceError.
+    Thread-safety: safe from any thread. The GIL is released while bytes are read and hashed.
+    """
+    start = time.perf_counter()
+    _check_parameters(firmware, kernel, initrd, append, vmsa, vcpus)
+    step = _progress_over([path for path in (firmware, kernel, initrd) if path is not None], progress)
+    chain = _Chain()
+    warnings: list[str] = []
+    inputs: tuple[HashedInput, ...] = ()
+    with Source(firmware) as source:
+        # The tables are read first: an unfit firmware is refused before a large initrd is hashed.
+        other_address = BSP_ADDRESS
+        table_address: int | None = None
+        if kernel is not None and not force_hash_table:
+            table_address = GuidTable.read(source).hash_table_area().base
+        if vmsa == "amd" and vcpus > 1:
+            other_address = GuidTable.read(source).reset_address()
+        _add_firmware(chain, source, step, warnings)
+    if kernel is not None:
+        if force_hash_table:
+            warnings.append("hash table added although the firmware may publish no area for it")
+        inputs = (
+            _hash_command_line(append),
+            _hash_file("initrd", initrd, step),
+            _hash_file("kernel", kernel, step),
+        )
+        chain.add("hash table", hash_table(*(item.sha256 for item in inputs)), table_address)
+    if vmsa == "amd":
+        for index in range(vcpus):
+            address = BSP_ADDRESS if index == 0 else other_address
+            chain.add(f"VMSA {index}", vmsa_page(address, cpu_signature), None)
+    return LaunchDigest(
+        digest=chain.digest(),
+        pieces=tuple(chain.pieces),
+        inputs=inputs,
+        append=append,
+        vmsa=vmsa,
+        vcpus=vcpus,
+        cpu_signature=cpu_signature,
+        warnings=tuple(warnings),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def hash_table(command_line: bytes, initrd: bytes, kernel: bytes) -> bytes:
+    """The 176-byte kernel-hashes table of three SHA-256 digests.
+
+    Raises: ParameterError for a digest that is not 32 bytes.
+    Thread-safety: safe from any thread.
+    """
+    table = TABLE_GUID.bytes_le + TABLE_BYTES.to_bytes(2, "little")
+    for guid, digest in ((COMMAND_LINE_GUID, command_line), (INITRD_GUID, initrd), (KERNEL_GUID, kernel)):
+        if len(digest) != SHA256_BYTES:
+            raise ParameterError(f"SHA-256 digest has {len(digest)} bytes; expected {SHA256_BYTES}")
+        table += guid.bytes_le + ENTRY_BYTES.to_bytes(2, "little") + digest
+    return table.ljust(TABLE_PADDED_BYTES, b"\0")
+
+
+class _Chain:
+    """The measured bytes so far."""
+
+    def __init__(self) -> None:
+        self._sm3 = _core.sm3()
+        self.pieces: list[LaunchPiece] = []
+
+    def digest(self) -> bytes:
+        return self._sm3.digest()
+
+    def update(self, data: memoryview) -> None:
+        """Continues the piece that `close` ends."""
+        self._sm3.update(data)
+
+    def close(self, name: str, size: int, address: int | None, sm3: bytes) -> None:
+        self.pieces.append(LaunchPiece(name, size, address, sm3, self.digest()))
+
+    def add(self, name: str, data: bytes, address: int | None) -> None:
+        with memoryview(data) as view:
+            self.update(view)
+        self.close(name, len(data), address, _core.sm3(data).digest())
+
+
+def _check_parameters(
+    firmware: Path, kernel: Path | None, initrd: Path | None, append: str | None, vmsa: str, vcpus: int
+) -> None:
+    if vmsa not in ("none", "amd"):
+        raise ParameterError(f"vmsa is {vmsa!r}; expected 'none' or 'amd'")
+    if not 1 <= vcpus <= VCPUS_MAX:
+        raise ParameterError(f"vcpus is {vcpus}; expected 1 to {VCPUS_MAX}")
+    if kernel is None:
+        for name, value in (("initrd", initrd), ("append", append)):
+            if value is not None:
+                raise ParameterError(f"{name} is given without a kernel; expected both or neither")
+    if append is not None and "\0" in append:
+        raise ParameterError(f"append has a NUL at character {append.index(chr(0))}; expected text without NUL")
+    streams = [name for name, path in (("firmware", firmware), ("kernel", kernel), ("initrd", initrd)) if path == STDIN]
+    if len(streams) > 1:
+        raise ParameterError(f"{' and '.join(streams)} are both '-'; expected standard input to be used once")
+
+
+def _add_firmware(chain: _Chain, source: Source, step: Callable[[int], None], warnings: list[str]) -> None:
+    size = 0
+    for chunk in source.chunks():
+        chain.update(chunk)
+        size += len(chunk)
+        step(len(chunk))
+    source.check_unchanged()
+    if size == 0:
+        raise ParameterError(f"{source.path}: is empty; expected a firmware image")
+    if size % PAGE_BYTES:
+        warnings.append(f"{source.path}: has {size} bytes, no multiple of {PAGE_BYTES}; QEMU refuses such a firmware")
+    address = FOUR_GIB - size if size <= FOUR_GIB else None
+    chain.close("firmware", size, address, chain.digest())
+
+
+def _hash_command_line(append: str | None) -> HashedInput:
+    # As the kernel received the argument: the shell's bytes, undecodable ones too.
+    data = os.fsencode(append or "") + b"\0"
+    return HashedInput("command line", None, len(data), hashlib.sha256(data).digest())
+
+
+def _hash_file(name: str, path: Path | None, step: Callable[[int], None]) -> HashedInput:
+    sha256 = hashlib.sha256()
+    if path is None:
+        return HashedInput(name, None, 0, sha256.digest())
+    size = 0
+    with Source(path) as source:
+        for chunk in source.chunks():
+            sha256.update(chunk)
+            size += len(chunk)
+            step(len(chunk))
+        source.check_unchanged()
+    return HashedInput(name, source.path, size, sha256.digest())
+
+
+def _progress_over(paths: list[Path], progress: Progress | None) -> Callable[[int], None]:
+    """One progress over several files. Their sizes only decide how far the bar is."""
+    if progress is None:
+        return lambda count: None
+    total = total_size(paths)
+    done = 0
+    report = progress
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, total)
+
+    return step

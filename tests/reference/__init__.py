@@ -1,0 +1,1 @@
+"""Slow, independent implementations that the tests compare with. Nothing here imports csvfast."""
