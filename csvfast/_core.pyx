@@ -74,6 +74,7 @@ cdef int _acquire(object obj, Py_buffer *view, bint writable, str name) except -
 
 
 @cython.final
+@cython.freelist(8)
 cdef class _Output:
     """The destination of a transform: the caller's buffer, or new bytes that nobody else can see yet."""
 

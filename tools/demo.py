@@ -191,7 +191,7 @@ def main() -> int:
 
     OUT.print(Rule("[bold]2  Guest memory under two ASIDs, and what the host sees[/]", align="left"))
     report = run_demo("gb", "xts")
-    OUT.print(*render(report), sep="\n")
+    OUT.print(*render(report, OUT.width), sep="\n")
     held = held and all(report["checks"].values())
 
     OUT.print(Rule("[bold]3  Speed, on the kernels in use[/]", align="left"))

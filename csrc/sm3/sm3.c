@@ -4,7 +4,7 @@
 #include "sm3_kernel.h"
 
 const csvf_sm3_kernel *const csvf__sm3_kernels[] = {
-#if defined(__x86_64__) && 0
+#if defined(__x86_64__)
     &csvf__sm3_avx2,
 #endif
     &csvf__sm3_portable,
@@ -12,7 +12,7 @@ const csvf_sm3_kernel *const csvf__sm3_kernels[] = {
 };
 
 const csvf_sm3_many_kernel *const csvf__sm3_many_kernels[] = {
-#if defined(__x86_64__) && 0
+#if defined(__x86_64__)
     &csvf__sm3_many_avx512,
     &csvf__sm3_many_avx2,
 #endif

@@ -32,7 +32,7 @@ static inline __attribute__((always_inline)) VECTOR permute(VECTOR x, VECTOR rot
     return VXOR3(x, rotated, _mm256_shuffle_epi8(rotated, by_8));
 }
 
-#define ROW(i) VECTOR r##i = _mm256_shuffle_epi8(VLOAD(data[i] + offset), big_endian)
+#define ROW(i) VECTOR r##i = VLOAD(rows + 64 * (i))
 #define PAIR(i, j) VECTOR t##i = _mm256_unpacklo_epi32(r##i, r##j), t##j = _mm256_unpackhi_epi32(r##i, r##j)
 #define QUAD(i, j, k, l)                                                                                               \
     VECTOR u##i = _mm256_unpacklo_epi64(t##i, t##k), u##j = _mm256_unpackhi_epi64(t##i, t##k),                         \
@@ -43,11 +43,17 @@ static inline __attribute__((always_inline)) VECTOR permute(VECTOR x, VECTOR rot
         w[(n) + 4] = _mm256_permute2x128_si256(u##i, u##j, 0x31);                                                      \
     } while (0)
 
-/* Words 0..7 of the half block at offset. */
-static inline __attribute__((always_inline)) void load_half(VECTOR w[8], const uint8_t *const *data, size_t offset)
+static inline __attribute__((always_inline)) void stage(uint8_t *row, const uint8_t *in)
 {
     const VECTOR big_endian = _mm256_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12,
                                                3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12);
+    VSTORE(row, _mm256_shuffle_epi8(VLOAD(in), big_endian));
+    VSTORE(row + 32, _mm256_shuffle_epi8(VLOAD(in + 32), big_endian));
+}
+
+/* Words 0..7 of the half rows at rows. */
+static inline __attribute__((always_inline)) void load_half(VECTOR w[8], const uint8_t *rows)
+{
     ROW(0); ROW(1); ROW(2); ROW(3); PAIR(0, 1); PAIR(2, 3); QUAD(0, 1, 2, 3);
     ROW(4); ROW(5); ROW(6); ROW(7); PAIR(4, 5); PAIR(6, 7); QUAD(4, 5, 6, 7);
     TILES(0, 0, 4);
@@ -56,10 +62,10 @@ static inline __attribute__((always_inline)) void load_half(VECTOR w[8], const u
     TILES(3, 3, 7);
 }
 
-static inline __attribute__((always_inline)) void load_schedule(VECTOR w[16], const uint8_t *const *data, size_t offset)
+static inline __attribute__((always_inline)) void load_schedule(VECTOR w[16], const uint8_t *rows)
 {
-    load_half(w, data, offset);
-    load_half(w + 8, data, offset + 32);
+    load_half(w, rows);
+    load_half(w + 8, rows + 32);
 }
 
 #define LANES_FUNCTION compress_8

@@ -23,8 +23,14 @@
 #define VP1(x) VXOR3(x, VROL(x, 15), VROL(x, 23))
 #define VBROADCAST(word) _mm512_set1_epi32((int)(word))
 
+static inline __attribute__((always_inline)) void stage(uint8_t *row, const uint8_t *in)
+{
+    const VECTOR big_endian = _mm512_set4_epi32(0x0c0d0e0f, 0x08090a0b, 0x04050607, 0x00010203);
+    _mm512_store_si512(row, _mm512_shuffle_epi8(_mm512_loadu_si512(in), big_endian));
+}
+
 /* The transpose is written out because gcc at -O2 leaves loops over vector arrays in memory (five times slower). */
-#define ROW(i) VECTOR r##i = _mm512_shuffle_epi8(_mm512_loadu_si512(data[i] + offset), big_endian)
+#define ROW(i) VECTOR r##i = _mm512_load_si512(rows + 64 * (i))
 #define PAIR(i, j) VECTOR t##i = _mm512_unpacklo_epi32(r##i, r##j), t##j = _mm512_unpackhi_epi32(r##i, r##j)
 /* Rows i..l as 4x4 tiles: u(i + k) holds words k, 4 + k, 8 + k, 12 + k of those rows. */
 #define QUAD(i, j, k, l)                                                                                               \
@@ -40,9 +46,8 @@
         w[(n) + 12] = _mm512_shuffle_i32x4(high01, high23, 0xdd);                                                      \
     } while (0)
 
-static inline __attribute__((always_inline)) void load_schedule(VECTOR w[16], const uint8_t *const *data, size_t offset)
+static inline __attribute__((always_inline)) void load_schedule(VECTOR w[16], const uint8_t *rows)
 {
-    const VECTOR big_endian = _mm512_set4_epi32(0x0c0d0e0f, 0x08090a0b, 0x04050607, 0x00010203);
     ROW(0); ROW(1); ROW(2); ROW(3); PAIR(0, 1); PAIR(2, 3); QUAD(0, 1, 2, 3);
     ROW(4); ROW(5); ROW(6); ROW(7); PAIR(4, 5); PAIR(6, 7); QUAD(4, 5, 6, 7);
     ROW(8); ROW(9); ROW(10); ROW(11); PAIR(8, 9); PAIR(10, 11); QUAD(8, 9, 10, 11);

@@ -1,5 +1,6 @@
 /* The AVX2 SM4 kernels, once for every S-box. Internal; included by sm4_gfni_avx2.c and sm4_aesni_avx2.c, which define before:
- *   substitute           byte-sliced S-box with the two matrices of the linear layer
+ *   invert, substitute   byte-sliced S-box in two steps, the second with the two matrices of the linear layer; one of them adds the round
+ *                        key (round_key, round_key_of, round_constants); INVERT_APART = 1 if they are better done in two sweeps
  *   substitute_words     the same for the word-sliced path (WORD_VECTOR_256 or not), and the third matrix
  *   substitute_key       the S-box of the key schedule
  *   into_basis, out_of_basis, words_into_basis, words_out_of_basis
@@ -39,6 +40,8 @@ enum { GROUP_BLOCKS = 32, GROUPS = 4, BATCH_BLOCKS = GROUP_BLOCKS * GROUPS };
 typedef struct batch {
     __m256i state[GROUPS][16]; /* 4 (word modulo 4) + byte by weight */
     __m256i tweak[GROUPS][16]; /* byte in memory order */
+    __m256i shared[GROUPS][4]; /* sum of two words, between the two rounds of a pair */
+    __m256i inverted[GROUPS][4];
     __m256i stage[16];
     __m256i pad[GROUP_BLOCKS / 2];
 } batch;
@@ -48,64 +51,131 @@ ALWAYS_INLINE void wipe_batch(batch *b, size_t groups, int tweaked)
     wipe_vectors(b->state, 16 * groups);
     if (tweaked)
         wipe_vectors(b->tweak, 16 * groups);
-    wipe_vectors(b->stage, 32);
+    wipe_vectors(b->shared, 8 * GROUPS + 32);
 }
 
 /* ---- Rounds --------------------------------------------------------------------------------------------------------------- */
 
 ALWAYS_INLINE __m256i broadcast(uint32_t x) { return _mm256_set1_epi32((int)x); }
 
-/* n = x0 + L(S(z)) in the four byte vectors of a word; stored over x0. */
-ALWAYS_INLINE void sliced_round(__m256i n[4], __m256i *x0, const __m256i z[4], const uint32_t *key)
+/* n = x0 + L(S), four byte vectors each, from what `invert` gave; stored over x0. */
+ALWAYS_INLINE void linear_layer(__m256i n[4], __m256i *x0, const __m256i y[4], const round_key key[4])
 {
-    __m256i u0, u1, u2, u3, w0, w1, w2, w3;
-    substitute(z[0], &u0, &w0);
-    substitute(z[1], &u1, &w1);
-    w0 = XOR(XOR(w0, broadcast(key[0])), u1);
-    substitute(z[2], &u2, &w2);
-    w1 = XOR(XOR(w1, broadcast(key[1])), u2);
-    substitute(z[3], &u3, &w3);
-    w2 = XOR(XOR(w2, broadcast(key[2])), u3);
-    w3 = XOR(XOR(w3, broadcast(key[3])), u0);
-    const __m256i p = XOR(w0, w1), q = XOR(w2, w3);
-    n[0] = XOR(XOR(w1, LOAD(x0)), q);
-    n[1] = XOR(XOR(w0, LOAD(x0 + 1)), q);
-    n[2] = XOR(XOR(w3, LOAD(x0 + 2)), p);
-    n[3] = XOR(XOR(w2, LOAD(x0 + 3)), p);
-    STORE(x0, n[0]);
-    STORE(x0 + 1, n[1]);
-    STORE(x0 + 2, n[2]);
-    STORE(x0 + 3, n[3]);
-}
-
-/* Two rounds: the second one's argument shares x2 + x3 with the first one's. */
-ALWAYS_INLINE void round_pair(__m256i *x0, __m256i *x1, const __m256i *x2, const __m256i *x3, const uint32_t *key)
-{
-    __m256i y[4], z[4], n[4];
-    UNROLL(4)
-    for (int b = 0; b < 4; b++) {
-        y[b] = XOR(LOAD(x2 + b), LOAD(x3 + b));
-        z[b] = XOR(y[b], LOAD(x1 + b));
-    }
-    sliced_round(n, x0, z, key);
+    __m256i u[4], w[4];
+    substitute(y[0], key[3], u, w);
+    substitute(y[1], key[2], u + 1, w + 1);
+    w[0] = XOR(w[0], u[1]);
+    substitute(y[2], key[1], u + 2, w + 2);
+    w[1] = XOR(w[1], u[2]);
+    substitute(y[3], key[0], u + 3, w + 3);
+    w[2] = XOR(w[2], u[3]);
+    w[3] = XOR(w[3], u[0]);
+    const __m256i p = XOR(w[0], w[1]), q = XOR(w[2], w[3]);
+    n[0] = XOR(XOR(w[1], LOAD(x0)), q);
+    n[1] = XOR(XOR(w[0], LOAD(x0 + 1)), q);
+    n[2] = XOR(XOR(w[3], LOAD(x0 + 2)), p);
+    n[3] = XOR(XOR(w[2], LOAD(x0 + 3)), p);
     UNROLL(4)
     for (int b = 0; b < 4; b++)
-        z[b] = XOR(y[b], n[b]);
-    sliced_round(n, x1, z, key + 4);
+        STORE(x0 + b, n[b]);
+}
+
+ALWAYS_INLINE void load_round_keys(round_key key[4], const uint32_t *words)
+{
+    UNROLL(4)
+    for (int b = 0; b < 4; b++)
+        key[b] = round_key_of(words[b]);
+}
+
+/* Two rounds of one group, in registers: the second one's argument shares x2 + x3 with the first one's. For one or two groups. */
+ALWAYS_INLINE void pair_of_rounds_near(__m256i *state, int x0, const uint32_t *words)
+{
+    const int x1 = (x0 + 4) % 16, x2 = (x0 + 8) % 16, x3 = (x0 + 12) % 16;
+    __m256i shared[4], y[4], n[4];
+    round_key key[4];
+    load_round_keys(key, words);
+    UNROLL(4)
+    for (int b = 0; b < 4; b++) {
+        shared[b] = XOR(LOAD(state + x2 + b), LOAD(state + x3 + b));
+        y[b] = invert(XOR(shared[b], LOAD(state + x1 + b)), key[3 - b]);
+    }
+    linear_layer(n, state + x0, y, key);
+    load_round_keys(key, words + 4);
+    UNROLL(4)
+    for (int b = 0; b < 4; b++)
+        y[b] = invert(XOR(shared[b], n[b]), key[3 - b]);
+    linear_layer(n, state + x1, y, key);
     BARRIER();
 }
 
-static __attribute__((noinline)) void rounds(const csvf_sm4_schedule *schedule, __m256i (*state)[16], size_t groups)
+/* S-box and linear layer of one round for every group; with INVERT_APART in two sweeps. */
+ALWAYS_INLINE void finish_round(batch *b, const size_t groups, size_t g, int x0, __m256i z[4], const round_key key[4])
 {
-    const uint32_t *key = schedule->words + SLICED_KEYS;
-    for (const uint32_t *end = key + 128; key != end; key += 16) {
-        for (size_t g = 0; g < groups; g++) {
-            __m256i *s = state[g];
-            round_pair(s, s + 4, s + 8, s + 12, key);
+    __m256i n[4];
+    UNROLL(4)
+    for (int i = 0; i < 4; i++)
+        z[i] = invert(z[i], key[3 - i]);
+    if (!INVERT_APART) {
+        linear_layer(n, b->state[g] + x0, z, key);
+    } else {
+        UNROLL(4)
+        for (int i = 0; i < 4; i++)
+            STORE(b->inverted[g] + i, z[i]);
+        if (g + 1 == groups) {
+            UNROLL(4)
+            for (size_t h = 0; h < groups; h++) {
+                BARRIER();
+                linear_layer(n, b->state[h] + x0, b->inverted[h], key);
+            }
         }
-        for (size_t g = 0; g < groups; g++) {
-            __m256i *s = state[g];
-            round_pair(s + 8, s + 12, s, s + 4, key + 8);
+    }
+    BARRIER();
+}
+
+/* The same two rounds for more groups, one round of every group and then the next: independent work has to be near enough for the
+ * CPU's scheduler to see it, which a pair of rounds, or with AES-NI even one round, is too long for. */
+ALWAYS_INLINE void pair_of_rounds_far(batch *b, const size_t groups, int x0, const uint32_t *words)
+{
+    const int x1 = (x0 + 4) % 16, x2 = (x0 + 8) % 16, x3 = (x0 + 12) % 16;
+    __m256i z[4];
+    round_key key[4];
+    load_round_keys(key, words);
+    UNROLL(4)
+    for (size_t g = 0; g < groups; g++) {
+        const __m256i *state = b->state[g];
+        UNROLL(4)
+        for (int i = 0; i < 4; i++) {
+            z[i] = XOR(LOAD(state + x2 + i), LOAD(state + x3 + i));
+            STORE(b->shared[g] + i, z[i]);
+            z[i] = XOR(z[i], LOAD(state + x1 + i));
+        }
+        finish_round(b, groups, g, x0, z, key);
+    }
+    load_round_keys(key, words + 4);
+    UNROLL(4)
+    for (size_t g = 0; g < groups; g++) {
+        UNROLL(4)
+        for (int i = 0; i < 4; i++)
+            z[i] = XOR(LOAD(b->shared[g] + i), LOAD(b->state[g] + x0 + i));
+        finish_round(b, groups, g, x1, z, key);
+    }
+}
+
+static __attribute__((noinline)) void rounds(const csvf_sm4_schedule *schedule, batch *b, size_t groups)
+{
+    const uint32_t *words = schedule->words + SLICED_KEYS;
+    for (const uint32_t *end = words + 128; words != end; words += 16) {
+        if (groups == 4) {
+            pair_of_rounds_far(b, 4, 0, words);
+            pair_of_rounds_far(b, 4, 8, words + 8);
+        } else if (groups == 3) {
+            pair_of_rounds_far(b, 3, 0, words);
+            pair_of_rounds_far(b, 3, 8, words + 8);
+        } else {
+            for (size_t g = 0; g < groups; g++)
+                pair_of_rounds_near(b->state[g], 0, words);
+            for (size_t g = 0; g < groups; g++)
+                pair_of_rounds_near(b->state[g], 8, words + 8);
         }
     }
 }
@@ -159,7 +229,7 @@ static __attribute__((noinline)) void load_group(const csvf_sm4_schedule *schedu
                 x[i] = XOR(x[i], LOAD(tweak + 4 * q + i));
             x[i] = into_basis(x[i]);
             if (q == 3)
-                x[i] = XOR(x[i], broadcast(schedule->words[KAPPA_IN + 3 - i]));
+                x[i] = XOR(x[i], broadcast(schedule->words[KAPPA_IN + i]));
             STORE(state + 4 * q + 3 - i, x[i]);
         }
     }
@@ -254,7 +324,7 @@ static void cipher(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_
                 else
                     load_part(schedule, &b, g, in + 16 * at, mask, NULL, now - at);
             }
-            rounds(schedule, b.state, groups);
+            rounds(schedule, &b, groups);
             for (size_t g = 0; g < groups; g++) {
                 const size_t at = g * GROUP_BLOCKS;
                 const uint8_t *mask = tweaks ? tweaks + 16 * at : NULL;
@@ -300,7 +370,7 @@ static void xts_batch(const csvf_sm4_schedule *schedule, batch *b, const part *p
         else
             load_part(schedule, b, g, parts[g].in, NULL, b->tweak[g], parts[g].blocks);
     }
-    rounds(schedule, b->state, groups);
+    rounds(schedule, b, groups);
     for (size_t g = 0; g < groups; g++) {
         if (parts[g].blocks == GROUP_BLOCKS)
             store_group(schedule, parts[g].out, b->state[g], b->stage, NULL, b->tweak[g]);
@@ -395,7 +465,7 @@ static void load_counters(const csvf_sm4_schedule *schedule, __m256i state[16], 
         __m256i x = k == 15 ? into_basis(last)
                             : XOR(_mm256_andnot_si256(whole, _mm256_set1_epi8((char)change[k])), _mm256_set1_epi8((char)base[k]));
         if (k >= 12)
-            x = XOR(x, broadcast(schedule->words[KAPPA_IN + 15 - k]));
+            x = XOR(x, broadcast(schedule->words[KAPPA_IN + k - 12]));
         STORE(state + (k ^ 3), x);
     }
 }
@@ -412,7 +482,7 @@ static void ctr(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_t *
             const size_t now = batch_of(blocks), groups = (now + GROUP_BLOCKS - 1) / GROUP_BLOCKS;
             for (size_t g = 0; g < groups; g++)
                 load_counters(schedule, b.state[g], counter_plus(c, g * GROUP_BLOCKS));
-            rounds(schedule, b.state, groups);
+            rounds(schedule, &b, groups);
             for (size_t g = 0; g < groups; g++) {
                 const size_t at = g * GROUP_BLOCKS;
                 if (now - at >= GROUP_BLOCKS)

@@ -22,11 +22,32 @@
 #define MATRIX(qword) _mm256_set1_epi64x((long long)(qword))
 #define MATRIX128(qword) _mm_set1_epi64x((long long)(qword))
 
-/* u = U S(z) and w = W S(z) for 32 bytes. */
-ALWAYS_INLINE void substitute(__m256i z, __m256i *u, __m256i *w)
+/* gf2p8affineinvqb inverts by itself; the round key is added to w. */
+#define INVERT_APART 0
+typedef __m256i round_key;
+
+ALWAYS_INLINE round_key round_key_of(uint32_t word) { return _mm256_set1_epi32((int)word); }
+
+ALWAYS_INLINE __m256i invert(__m256i z, round_key key)
+{
+    (void)key;
+    return z;
+}
+
+/* u = U S(z) and w = W S(z) + key for 32 bytes. */
+ALWAYS_INLINE void substitute(__m256i z, round_key key, __m256i *u, __m256i *w)
 {
     *u = _mm256_gf2p8affineinv_epi64_epi8(z, MATRIX(CSVF_SM4_U), 0);
-    *w = _mm256_gf2p8affineinv_epi64_epi8(z, MATRIX(CSVF_SM4_W), 0);
+    *w = _mm256_xor_si256(_mm256_gf2p8affineinv_epi64_epi8(z, MATRIX(CSVF_SM4_W), 0), key);
+}
+
+/* Constants of four rounds, as wanted in the new words, to round keys: every new byte gets three of the four w, so each w gets the sum of
+ * the other three constants. */
+ALWAYS_INLINE __m128i round_constants(__m128i e)
+{
+    const __m128i by_one = _mm_setr_epi8(1, 2, 3, 0, 5, 6, 7, 4, 9, 10, 11, 8, 13, 14, 15, 12);
+    const __m128i a = _mm_shuffle_epi8(e, by_one), b = _mm_shuffle_epi8(a, by_one);
+    return _mm_xor_si128(_mm_xor_si128(a, b), _mm_shuffle_epi8(b, by_one));
 }
 
 ALWAYS_INLINE __m256i into_basis(__m256i x)

@@ -188,29 +188,28 @@ static void scatter(uint8_t out[GROUP_BYTES], planes4 state[4][8])
  * as v = B ^ B<<<8 ^ B<<<16. */
 INLINE void one_round(planes4 a[8], const planes4 b[8], const planes4 c[8], const planes4 d[8], const planes4 key[8])
 {
-    planes4 y[8], v[8];
-#define IN(i) const planes4 x##i = b[i] ^ c[i] ^ d[i] ^ key[i]
+    planes4 y[8];
+/* d is the newest word: one operation after it */
+#define IN(i) const planes4 x##i = b[i] ^ c[i] ^ key[i] ^ d[i]
     IN(0); IN(1); IN(2); IN(3); IN(4); IN(5); IN(6); IN(7);
 #undef IN
 #define CSVF_SBOX_WORD planes4
     CSVF_SBOX(x0, x1, x2, x3, x4, x5, x6, x7, y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]);
 #undef CSVF_SBOX_WORD
-#define OUT(i)                                 \
-    do {                                       \
+#define OUT(i, n, turn)                         \
+    do {                                        \
         const planes4 w = y[i] ^ TURN(y[i], 3); \
-        v[i] = y[i] ^ TURN(w, 2);              \
-        a[i] ^= w;                             \
+        const planes4 v = y[i] ^ TURN(w, 2);    \
+        a[i] ^= w;                              \
+        a[n] ^= turn(v);                        \
     } while (0)
-    OUT(0); OUT(1); OUT(2); OUT(3); OUT(4); OUT(5); OUT(6); OUT(7);
+#define WRAPS(x) TURN(x, 1)
+#define STAYS(x) x
+    /* a rotation by 2 moves plane i to i + 2; the top two planes pass into the next byte */
+    OUT(0, 2, STAYS); OUT(1, 3, STAYS); OUT(2, 4, STAYS); OUT(3, 5, STAYS); OUT(4, 6, STAYS); OUT(5, 7, STAYS); OUT(6, 0, WRAPS); OUT(7, 1, WRAPS);
 #undef OUT
-    a[0] ^= TURN(v[6], 1);
-    a[1] ^= TURN(v[7], 1);
-    a[2] ^= v[0];
-    a[3] ^= v[1];
-    a[4] ^= v[2];
-    a[5] ^= v[3];
-    a[6] ^= v[4];
-    a[7] ^= v[5];
+#undef WRAPS
+#undef STAYS
 }
 
 static void rounds(planes4 state[4][8], const masks *keys)

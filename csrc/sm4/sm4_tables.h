@@ -9,7 +9,8 @@
  *   KEY_0..KEY_3       the same for the key schedule: byte b of L'(S) = sum over k of KEY_k y[b-k], + KEY_CONSTANT
  *   INPUT_CONSTANT     the S-box is OUT inv(P x + INPUT_CONSTANT) + 0xd3
  *   *_AES_LOW/_HIGH    nibble tables for pshufb of the same matrices for bytes that come from aesenclast (zero round key); *_AES_CONSTANT
- *                      is what the 0x63 of the AES S-box adds, and P_LOW/.. the plain matrices
+ *                      is what the 0x63 of the AES S-box adds, and P_LOW/.. the plain matrices;
+ *                      aes_of_out takes a change of the SM4 S-box's output to the change of aesenclast's output that causes it
  * Tweak tables, one set per standard, s = 0..7 the bits of a shift:
  *   shift_left[s]      what alpha^s leaves in a byte; shift_over[s] what it hands to the next byte
  *   wrap_low[s], wrap_high[s]  what shift_over of byte 15 adds to bytes 0 and 1 (through x^128 = x^7 + x^2 + x + 1)
@@ -90,6 +91,10 @@ CSVF_SM4_TABLE(16) uint8_t csvf__sm4_p_inverse_low[16] = {
     0, 133, 217, 92, 46, 171, 247, 114, 128, 5, 89, 220, 174, 43, 119, 242};
 CSVF_SM4_TABLE(16) uint8_t csvf__sm4_p_inverse_high[16] = {
     0, 85, 87, 2, 68, 17, 19, 70, 175, 250, 248, 173, 235, 190, 188, 233};
+CSVF_SM4_TABLE(16) uint8_t csvf__sm4_aes_of_out_low[16] = {
+    0, 29, 179, 174, 204, 209, 127, 98, 49, 44, 130, 159, 253, 224, 78, 83};
+CSVF_SM4_TABLE(16) uint8_t csvf__sm4_aes_of_out_high[16] = {
+    0, 218, 144, 74, 250, 32, 106, 176, 122, 160, 234, 48, 128, 90, 16, 202};
 /* undoes the ShiftRows of aesenclast (pshufb before it) */
 CSVF_SM4_TABLE(16) uint8_t csvf__sm4_unshift_rows[16] = {
     0, 13, 10, 7, 4, 1, 14, 11, 8, 5, 2, 15, 12, 9, 6, 3};

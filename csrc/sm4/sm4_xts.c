@@ -24,11 +24,14 @@ static const csvf_sm4_schedule *schedule_of(const csvf__xts *x, int decrypt)
     return decrypt ? &x->decrypt : &x->encrypt;
 }
 
-static void put_unit(uint8_t out[BLOCK], uint64_t unit)
+/* The tweak input of a unit: its number in 16 little-endian bytes. */
+static inline void put_unit(uint8_t out[BLOCK], uint64_t unit)
 {
-    for (int i = 0; i < 8; i++)
-        out[i] = (uint8_t)(unit >> 8 * i);
-    memset(out + 8, 0, 8);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    unit = __builtin_bswap64(unit);
+#endif
+    const uint64_t halves[2] = { unit, 0 };
+    memcpy(out, halves, BLOCK);
 }
 
 int csvf_xts_init(csvf_xts *xts, const uint8_t key[32], int standard)

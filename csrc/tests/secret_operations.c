@@ -30,8 +30,8 @@ static int xts_with(uint8_t *out, const uint8_t *secret, int standard, size_t le
     return status;
 }
 
-static int xts_pages_gb(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_GB, 8192, 4096); }
-static int xts_pages_ieee(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_IEEE, 8192, 4096); }
+static int xts_pages_gb(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_GB, 4096 + 1040, 4096); }
+static int xts_pages_ieee(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_IEEE, 4096 + 1040, 4096); }
 static int xts_sectors(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_GB, 2048, 512); }
 static int xts_stealing(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_GB, 1003, 1003); }
 static int xts_stealing_short(uint8_t *out, const uint8_t *secret) { return xts_with(out, secret, CSVF_STANDARD_IEEE, 17, 17); }

@@ -331,7 +331,8 @@ def main() -> None:
  *   KEY_0..KEY_3       the same for the key schedule: byte b of L'(S) = sum over k of KEY_k y[b-k], + KEY_CONSTANT
  *   INPUT_CONSTANT     the S-box is OUT inv(P x + INPUT_CONSTANT) + 0xd3
  *   *_AES_LOW/_HIGH    nibble tables for pshufb of the same matrices for bytes that come from aesenclast (zero round key); *_AES_CONSTANT
- *                      is what the 0x63 of the AES S-box adds, and P_LOW/.. the plain matrices
+ *                      is what the 0x63 of the AES S-box adds, and P_LOW/.. the plain matrices;
+ *                      aes_of_out takes a change of the SM4 S-box's output to the change of aesenclast's output that causes it
  * Tweak tables, one set per standard, s = 0..7 the bits of a shift:
  *   shift_left[s]      what alpha^s leaves in a byte; shift_over[s] what it hands to the next byte
  *   wrap_low[s], wrap_high[s]  what shift_over of byte 15 adds to bytes 0 and 1 (through x^128 = x^7 + x^2 + x + 1)
@@ -369,7 +370,7 @@ def main() -> None:
         byte_table(f"key{k}_aes_low", low)
         byte_table(f"key{k}_aes_high", high)
         define(f"KEY_{k}_AES_CONSTANT", f"0x{apply(matrix, 0x63):02x}")
-    for name, matrix in (("p", P), ("p_inverse", P_INVERSE)):
+    for name, matrix in (("p", P), ("p_inverse", P_INVERSE), ("aes_of_out", product(AES_AFFINE, inverse(OUT)))):
         low, high = nibbles(matrix)
         byte_table(f"{name}_low", low)
         byte_table(f"{name}_high", high)

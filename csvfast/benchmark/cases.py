@@ -47,6 +47,8 @@ _SM3_BYTES: Final = 1048576
 class WrongAnswerError(RuntimeError):
     """A kernel or a peer computed something else than csvfast's portable kernel. Nothing of it is measured."""
 
+    exit_code = 1  # a check failed
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

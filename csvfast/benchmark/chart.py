@@ -11,26 +11,39 @@ from csvfast._files import write_atomically
 from csvfast.benchmark.machine import Machine
 from csvfast.benchmark.runner import Result
 
-__all__ = ["ChartError", "draw_chart"]
+__all__ = ["ChartError", "MatplotlibMissingError", "check_chart", "draw_chart"]
 
 SUFFIXES: Final = (".svg", ".png")
 _OWN: Final = "#1f6f8b"
 _PEER: Final = "#b0b7bd"
 
 
-class ChartError(ImportError):
+class ChartError(ValueError):
+    """The file name's ending is of no picture format that is drawn here."""
+
+    exit_code = 2
+
+
+class MatplotlibMissingError(ImportError):
     """matplotlib is not installed."""
+
+
+def check_chart(path: Path) -> None:
+    """Raises what draw_chart would raise for this path, before the work of measuring is done."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ChartError(f"chart {str(path)!r}: expected a name ending in .svg or .png")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MatplotlibMissingError("a chart needs matplotlib: pip install 'csvfast[bench]'") from error
 
 
 def draw_chart(path: Path, results: Sequence[Result], machine: Machine) -> None:
     """Writes an SVG or PNG, by the path's suffix. Bars are bytes per second on a logarithmic axis: peers differ by a
     factor of a thousand."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"chart file {str(path)!r}: expected a name ending in .svg or .png")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ChartError("a chart needs matplotlib: pip install 'csvfast[bench]'") from error
+    check_chart(path)
+    import matplotlib
+
     matplotlib.use("agg")  # no display
     matplotlib.rcParams["svg.hashsalt"] = "csvfast"  # equal results give equal files
     from matplotlib import pyplot

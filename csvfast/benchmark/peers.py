@@ -223,7 +223,7 @@ def _libgcrypt() -> Iterator[Peer]:
             setiv = library.gcry_cipher_setiv
             units = [(unit.to_bytes(16, "little"), start + unit * PAGE) for unit in range(count)]
 
-            def work() -> None:
+            def work(_alive: bytearray = buffer) -> None:  # C knows the buffer's address only
                 for tweak, place in units:
                     setiv(opened, tweak, 16)
                     call(opened, place, PAGE, None, 0)  # in place
@@ -244,7 +244,11 @@ def _libgcrypt() -> Iterator[Peer]:
         opened = open_cipher(_GCRY_MODE_CTR, CTR_KEY)
         must(library.gcry_cipher_setctr(opened, COUNTER, 16), "gcry_cipher_setctr")
         start, length, encrypt = address(buffer), len(buffer), library.gcry_cipher_encrypt
-        return lambda: encrypt(opened, start, length, None, 0)
+
+        def work(_alive: bytearray = buffer) -> None:
+            encrypt(opened, start, length, None, 0)
+
+        return work
 
     if library.gcry_md_get_algo_dlen(_GCRY_MD_SM3) != 32:
         return  # built without SM3

@@ -30,11 +30,13 @@ def bench(
     chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="Draw a chart: .svg or .png.")] = None,
 ) -> None:
     """Measure every primitive on every kernel against the peers on this machine."""
-    if chart is not None and chart.suffix.lower() not in (".svg", ".png"):
-        raise CommandError(f"--chart {str(chart)!r}: expected a name ending in .svg or .png")
     for path in (chart, json_path):
         if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
             raise CommandError(f"{path}: the directory {str(path.absolute().parent)!r} does not exist", ExitCode.ENVIRONMENT)
+    if chart is not None:
+        from csvfast.benchmark.chart import check_chart
+
+        check_chart(chart)
     plans = _plans(only, kernel, threads, size or ["64MiB"], peers)
 
     from csvfast.benchmark import machine_facts
@@ -105,7 +107,8 @@ def _measure(plans: list[Plan], seconds: float, rounds: int, *, quiet: bool) -> 
 
 
 def print_table(out: Console, machine: Machine, results: list[Result]) -> None:
-    """The machine's facts and one table: rate, cycles per byte, and the ratio to the best peer of the same name."""
+    """The machine's facts and one table: rate, cycles per byte, the ratio to the best peer of the same name, and the ratio to
+    hashlib's single SM3 stream, the yardstick that every Python has."""
     from rich.table import Table
 
     clock = machine["clock_hertz"]
@@ -116,12 +119,13 @@ def print_table(out: Console, machine: Machine, results: list[Result]) -> None:
     out.print(f"{machine['system']}; Python {machine['python']}; {machine['openssl']}")
     out.print(f"kernels without forcing: {kernels}")
     table = Table(caption="c/B: cycles per byte of one thread at the estimated clock. Ratio: to the fastest peer of that "
-                  "name, thread count and clock. Median of rounds; CPU time for one thread, wall time (w) otherwise.",
+                  "name and thread count. Median of rounds; CPU time for one thread, wall time (w) otherwise.",
                   caption_justify="left")  # fmt: skip
     for heading, justify in (("name", "left"), ("kernel or peer", "left"), ("threads", "right"), ("buffer", "right"),
-                             ("rate", "right"), ("c/B", "right"), ("x best peer", "right"), ("spread", "right")):  # fmt: skip
+                             ("rate", "right"), ("c/B", "right"), ("x best peer", "right"), ("x hashlib SM3", "right"), ("spread", "right")):  # fmt: skip
         table.add_column(heading, justify="right" if justify == "right" else "left", no_wrap=heading != "name")
     best = _best_peers(results)
+    yardstick = best_of(results, "sm3/1048576", "hashlib")
     previous = ""
     for result in results:
         rate = result.get("bytes_per_second", 0.0)
@@ -135,8 +139,14 @@ def print_table(out: Console, machine: Machine, results: list[Result]) -> None:
         style = "" if result["peer"] is None else "dim"
         table.add_row(shown, (result["peer"] or result["kernel"] or "csvfast") + variant, str(result["threads"]),
                       format_bytes(result["buffer_bytes"]), format_rate(rate) + (" w" if result["clock"] == "wall" else ""),
-                      cycles, ratio, f"{result['spread']:.0%}", style=style)  # fmt: skip
+                      cycles, ratio, f"{rate / yardstick:.2f}" if yardstick else "", f"{result['spread']:.0%}", style=style)  # fmt: skip
     out.print(table)
+
+
+def best_of(results: list[Result], name: str, peer: str) -> float | None:
+    """Bytes per second of one peer on one thread; None when it was not measured."""
+    rates = [r.get("bytes_per_second", 0.0) for r in results if (r["name"], r["peer"], r["threads"]) == (name, peer, 1)]
+    return max(rates, default=None)
 
 
 def _best_peers(results: list[Result]) -> dict[tuple[str, int], float]:

@@ -83,7 +83,9 @@ def is_expected(error: BaseException) -> bool:
     """True for errors that tell the user something; anything else is a defect of csvfast and keeps its traceback."""
     from csvfast import errors
 
-    return isinstance(error, (CommandError, errors.CsvfastError, OSError, ImportError, MemoryError))
+    return hasattr(error, "exit_code") or isinstance(
+        error, (CommandError, errors.CsvfastError, OSError, ImportError, MemoryError)
+    )
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -6,7 +6,7 @@ import hmac
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,21 +26,21 @@ app = typer.Typer(
 )
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """--mode of `measure image`."""
 
     linear = "linear"
     tree = "tree"
 
 
-class Access(str, Enum):
+class Access(StrEnum):
     """--access of `measure image`."""
 
     read = "read"
     mmap = "mmap"
 
 
-class VmsaChoice(str, Enum):
+class VmsaChoice(StrEnum):
     """--vmsa of `measure launch`."""
 
     none = "none"
@@ -56,8 +56,12 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Worker th
 
 @app.command()
 def image(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, block devices, pipes; '-' is standard input.")],
-    mode: Annotated[Mode, typer.Option(help="linear: one SM3 of all bytes. tree: root of the tree over 4 KiB pages.")] = Mode.linear,
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Files, block devices, pipes; '-' is standard input.")
+    ],
+    mode: Annotated[
+        Mode, typer.Option(help="linear: one SM3 of all bytes. tree: root of the tree over 4 KiB pages.")
+    ] = Mode.linear,
     access: Annotated[Access, typer.Option(help="mmap only for files that nobody truncates meanwhile.")] = Access.read,
     threads: Threads = None,
     expect: Expect = None,
@@ -83,14 +87,19 @@ def image(
 
 @app.command()
 def verity(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Data file, block device or pipe; '-' is standard input.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Data file, block device or pipe; '-' is standard input.")
+    ],
     salt: Annotated[
         str | None, typer.Option(metavar="HEX", help="0 to 256 bytes, '-' for none. Default: 32 random bytes.")
     ] = None,
     hash_file: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write the hash area here (or behind the data, when it is FILE).")
+        Path | None,
+        typer.Option(metavar="PATH", help="Write the hash area here (or behind the data, when it is FILE)."),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check FILE against --hash-file and the root hash --expect.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check FILE against --hash-file and the root hash --expect.")
+    ] = False,
     uuid: Annotated[str | None, typer.Option(help="UUID for the superblock. Default: random.")] = None,
     data_block_size: Annotated[int, typer.Option(metavar="BYTES", help="A power of two, 512 to 524288.")] = 4096,
     hash_block_size: Annotated[int, typer.Option(metavar="BYTES", help="A power of two, 512 to 524288.")] = 4096,
@@ -122,7 +131,13 @@ def verity(
             parameters = VerityParameters(data_blocks, salt_bytes, data_block_size, hash_block_size, format)
         with _progress(f"verifying {file}", [file], json) as step:
             check = verify_verity(
-                file, hash_file, expected, hash_offset=hash_offset, parameters=parameters, threads=threads, progress=step
+                file,
+                hash_file,
+                expected,
+                hash_offset=hash_offset,
+                parameters=parameters,
+                threads=threads,
+                progress=step,
             )
         _show_check(check, json)
         return
@@ -155,8 +170,12 @@ def verity(
 
 @app.command()
 def launch(
-    firmware: Annotated[str | None, typer.Option(metavar="FILE", help="OVMF image, as given to QEMU as pflash unit 0.")] = None,
-    kernel: Annotated[str | None, typer.Option(metavar="FILE", help="Kernel of a direct boot, '-' is standard input.")] = None,
+    firmware: Annotated[
+        str | None, typer.Option(metavar="FILE", help="OVMF image, as given to QEMU as pflash unit 0.")
+    ] = None,
+    kernel: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Kernel of a direct boot, '-' is standard input.")
+    ] = None,
     initrd: Annotated[str | None, typer.Option(metavar="FILE", help="Initial RAM disk, '-' is standard input.")] = None,
     append: Annotated[str | None, typer.Option(metavar="TEXT", help="Kernel command line.")] = None,
     vmsa: Annotated[VmsaChoice, typer.Option(help="amd: measure a save area for every vCPU too.")] = VmsaChoice.none,
@@ -165,12 +184,18 @@ def launch(
         str, typer.Option(metavar="NUMBER", help="CPUID leaf 1 EAX of the vCPUs, for --vmsa amd.")
     ] = "0x900f00",
     force_hash_table: Annotated[
-        bool, typer.Option("--force-hash-table", help="Add the hash table although the firmware has no area for it (experiments).")
+        bool,
+        typer.Option(
+            "--force-hash-table", help="Add the hash table although the firmware has no area for it (experiments)."
+        ),
     ] = False,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Read all of the above from a TOML or JSON file.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read all of the above from a TOML or JSON file.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show each hashed piece and its own digest.")] = False,
     diff: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Compare with another recipe or explanation; exit code 1 when they differ.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare with another recipe or explanation; exit code 1 when they differ."),
     ] = None,
     expect: Expect = None,
     json: Json = False,
@@ -190,7 +215,14 @@ def launch(
         raise CommandError("--firmware is missing; expected an OVMF image (or --recipe FILE)")
     else:
         plan = LaunchRecipe(
-            firmware, kernel, initrd, append, vmsa.value, vcpus, _number_option("--cpu-signature", cpu_signature), force_hash_table
+            firmware,
+            kernel,
+            initrd,
+            append,
+            vmsa.value,
+            vcpus,
+            _number_option("--cpu-signature", cpu_signature),
+            force_hash_table,
         )
     paths = [str(path) for path in (plan.firmware, plan.kernel, plan.initrd) if path is not None]
     with _progress("measuring launch", paths, json) as step:
@@ -305,7 +337,8 @@ def _show_differences(outcome: LaunchDigest, other: dict[str, Any], path: Path, 
                 "other_digest": other["digest"],
                 "equal": not differences,
                 "differences": [
-                    {"piece": item.piece, "field": item.field, "left": item.left, "right": item.right} for item in differences
+                    {"piece": item.piece, "field": item.field, "left": item.left, "right": item.right}
+                    for item in differences
                 ],
             }
         )
@@ -316,7 +349,9 @@ def _show_differences(outcome: LaunchDigest, other: dict[str, Any], path: Path, 
         for item in differences:
             print(f"{item.piece}: {item.field}\n    left   {item.left}\n    right  {item.right}")
     if differences:
-        raise CommandError(f"the launches differ, first in: {differences[0].piece} ({differences[0].field})", ExitCode.CHECK_FAILED)
+        raise CommandError(
+            f"the launches differ, first in: {differences[0].piece} ({differences[0].field})", ExitCode.CHECK_FAILED
+        )
 
 
 def _warn(message: str) -> None:

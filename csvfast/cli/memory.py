@@ -17,6 +17,7 @@ app = typer.Typer(help="Encrypted guest memory.", no_args_is_help=True, rich_mar
 
 PAGE = 4096
 _FIRST, _SECOND = 1, 2  # the two guests' ASIDs
+_PAIR_WIDTH = 118  # columns that two dumps side by side take
 _SHOWN = 64  # bytes of each dump: one cache line, four SM4 blocks
 
 
@@ -43,7 +44,8 @@ def demo(
     if as_json:
         print_json(report)
     else:
-        console().print(*render(report), sep="\n")
+        out = console()
+        out.print(*render(report, out.width), sep="\n")
     if not all(report["checks"].values()):
         failed = ", ".join(name for name, held in report["checks"].items() if not held)
         raise CommandError(f"memory demo: does not hold: {failed}", ExitCode.CHECK_FAILED)
@@ -110,7 +112,7 @@ def run_demo(standard: str, tweak_model: str) -> dict[str, Any]:
         f"host reads frame 1 (same text, ASID {_SECOND})": frames[1],
         f"host reads frame 2 (same text, ASID {_FIRST})": frames[2],
         "host reads frame 3 (its own page)": frames[3],
-        "frame 0 copied to frame 2 by the host, read by the guest": moved,
+        "frame 0 copied to 2 by the host, as the guest reads it": moved,
         f"frame 0 after ASID {_FIRST} got a new key": recycled,
     }
     return {
@@ -124,8 +126,8 @@ def run_demo(standard: str, tweak_model: str) -> dict[str, Any]:
     }
 
 
-def render(report: dict[str, Any]) -> list[RenderableType]:
-    """The report as rich renderables: dumps in pairs, then the checks."""
+def render(report: dict[str, Any], width: int = 120) -> list[RenderableType]:
+    """The report as rich renderables for a console of that width: dumps side by side where they fit, then the checks."""
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.table import Table
@@ -135,10 +137,12 @@ def render(report: dict[str, Any]) -> list[RenderableType]:
     for name, view in report["views"].items():
         content = bytes.fromhex(view)
         readable = content.isascii()
-        dumps.append(Panel(Text(hexdump(content)), title=name, title_align="left", border_style="green" if readable else "red"))
+        dumps.append(Panel(Text(hexdump(content)), title=name, title_align="left", width=58,
+                           border_style="green" if readable else "red"))  # fmt: skip
+    columns = 2 if width >= _PAIR_WIDTH else 1
     pairs = Table.grid(padding=(0, 1))
-    for left, right in zip(dumps[::2], dumps[1::2], strict=True):
-        pairs.add_row(left, right)
+    for start in range(0, len(dumps), columns):
+        pairs.add_row(*dumps[start : start + columns])
     checks = Table(title="Checks", title_justify="left", show_header=False)
     for name, held in report["checks"].items():
         checks.add_row("[green]holds[/]" if held else "[red]FAILS[/]", name)
@@ -157,5 +161,5 @@ def hexdump(content: bytes, width: int = 16) -> str:
     for at in range(0, len(content), width):
         part = content[at : at + width]
         readable = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in part)
-        lines.append(f"{at:03x} {part[:8].hex(' ')} {part[8:].hex(' ')} {readable}")
+        lines.append(f"{at:03x} {part[:8].hex()} {part[8:].hex()} {readable}")
     return "\n".join(lines)

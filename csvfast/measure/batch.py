@@ -1,7 +1,7 @@
 """Many images at once.
 
-One linear SM3 is serial, so several regular files are measured side by side, one to a thread; a page tree fills all threads by
-itself, so trees are measured one after the other, and so are lists with a pipe in them.
+One linear SM3 is serial, so several regular files are measured side by side, one to a thread; a page tree fills all
+threads by itself, so trees are measured one after the other, and so are lists with a pipe in them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from csvfast.measure.errors import ParameterError
 from csvfast.measure.image import Measurement, Mode, measure_image
-from csvfast.measure.source import STDIN, Access, Path, Progress, default_threads, total_size
+from csvfast.measure.source import STDIN, Access, AnyPath, Progress, default_threads, total_size
 
 __all__ = ["measure_images"]
 
 
 def measure_images(
-    paths: Sequence[Path],
+    paths: Sequence[AnyPath],
     mode: Mode = "linear",
     *,
     access: Access = "read",
@@ -27,10 +27,10 @@ def measure_images(
 ) -> list[Measurement]:
     """Measures several images; the records come in the order of the paths.
 
-    Args: threads: images measured at once (mode "linear") or workers per image (mode "tree"), None = one per processor. progress:
-        over the bytes of all images; called from several threads, one at a time.
-    Raises: what `measure_image` raises, for the first image in the order of the paths that failed; the images not begun by then
-        are left alone.
+    Args: threads: images measured at once (mode "linear") or workers per image (mode "tree"), None = one per
+        processor. progress: over the bytes of all images; called from several threads, one at a time.
+    Raises: what `measure_image` raises, for the first image in the order of the paths that failed; the images not
+        begun by then are left alone.
     Thread-safety: safe from any thread. The GIL is released while bytes are read and hashed.
     """
     workers = default_threads() if threads is None else threads
@@ -43,13 +43,13 @@ def measure_images(
     done = 0
     stop = threading.Event()
 
-    def measure(path: Path) -> Measurement:
+    def measure(path: AnyPath) -> Measurement:
         seen = 0
 
         def step(count: int, _total: int | None) -> None:
             nonlocal done, seen
             if stop.is_set():
-                raise _Stopped
+                raise _StoppedError
             if progress is not None:
                 with lock:
                     done += count - seen
@@ -76,5 +76,5 @@ def measure_images(
             raise
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     """Ends the measurement of an image whose result nobody wants any more."""

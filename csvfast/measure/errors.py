@@ -1,7 +1,7 @@
 """What can go wrong while something is measured.
 
-Two families, told apart by what a caller can do about them: the bytes could not be had (`SourceError`, `TargetError`: the
-environment), or the bytes, or what was asked of them, make no sense (`FormatError` and its children: the input).
+Two families, told apart by what a caller can do about them: the bytes could not be had (`SourceError`, `TargetError`:
+the environment), or the bytes, or what was asked of them, make no sense (`FormatError` and its children: the input).
 """
 
 from __future__ import annotations

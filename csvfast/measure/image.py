@@ -1,9 +1,10 @@
 """The digest of an image: one linear SM3, or the root of its page tree.
 
 linear  SM3 of all bytes in order: what `sm3sum`, hashlib and the launch measurement compute. One stream, so one core.
-tree    root of a Merkle tree over 4096-byte pages: SM3 of each page, the last one zero padded; 128 digests to an upper page. Same
-        layout as dm-verity with SM3 and an empty salt; every page is its own message, so vectors and threads apply. The zero
-        padding is not told apart from zeros in the image: a record's `size` belongs to its digest.
+tree    root of a Merkle tree over 4096-byte pages: SM3 of each page, the last one zero padded; 128 digests to an
+        upper page. Same layout as dm-verity with SM3 and an empty salt; every page is its own message, so vectors and
+        threads apply. The zero padding is not told apart from zeros in the image: a record's `size` belongs to its
+        digest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from csvfast import _core
 from csvfast.measure.errors import ParameterError
-from csvfast.measure.source import Access, Path, Progress, Source
+from csvfast.measure.source import Access, AnyPath, Progress, Source
 from csvfast.measure.tree import BlockHash, TreeBuilder, hash_tree
 
 __all__ = ["PAGE_BYTES", "Measurement", "Mode", "linear_digest", "measure_image"]
@@ -56,7 +57,7 @@ class Measurement:
 
 
 def measure_image(
-    path: Path,
+    path: AnyPath,
     mode: Mode = "linear",
     *,
     access: Access = "read",
@@ -65,10 +66,10 @@ def measure_image(
 ) -> Measurement:
     """Measures a file, block device, pipe, or standard input ("-"), in bounded memory.
 
-    Args: mode: "linear" or "tree". access: "read", or "mmap" for files that nobody truncates meanwhile. threads: workers of
-        mode "tree", None = one per processor. progress: called with (bytes done, bytes in all or None).
-    Raises: SourceError (not found, unreadable, a directory, changed or truncated meanwhile), EmptySourceError (mode "tree" of
-        nothing), ParameterError.
+    Args: mode: "linear" or "tree". access: "read", or "mmap" for files that nobody truncates meanwhile. threads:
+        workers of mode "tree", None = one per processor. progress: called with (bytes done, bytes in all or None).
+    Raises: SourceError (not found, unreadable, a directory, changed or truncated meanwhile), EmptySourceError (mode
+        "tree" of nothing), ParameterError.
     Thread-safety: safe from any thread. The GIL is released while bytes are read and hashed.
     """
     if mode not in ("linear", "tree"):

@@ -2,9 +2,9 @@
 
     CSV, CSV2    digest = SM3(firmware ‖ hash table ‖ VMSAs)
 
-The firmware is the whole image. The hash table is there with direct boot (a kernel): 176 bytes with the SHA-256 of the command
-line and a NUL, of the initrd (empty when there is none) and of the kernel. VMSAs (one page per vCPU) enter only with
-vmsa="amd", see vmsa.py. Only bytes are hashed, no addresses: the pieces one after the other.
+The firmware is the whole image. The hash table is there with direct boot (a kernel): 176 bytes with the SHA-256 of
+the command line and a NUL, of the initrd (empty when there is none) and of the kernel. VMSAs (one page per vCPU)
+enter only with vmsa="amd", see vmsa.py. Only bytes are hashed, no addresses: the pieces one after the other.
 
 Files are streamed; a 2 GB initrd costs no more memory than a small one.
 
@@ -24,7 +24,7 @@ from uuid import UUID
 from csvfast import _core
 from csvfast.measure.errors import ParameterError
 from csvfast.measure.ovmf import GuidTable
-from csvfast.measure.source import STDIN, Path, Progress, Source, total_size
+from csvfast.measure.source import STDIN, AnyPath, Progress, Source, total_size
 from csvfast.measure.vmsa import BSP_ADDRESS, DEFAULT_CPU_SIGNATURE, vmsa_page
 
 __all__ = ["HashedInput", "LaunchDigest", "LaunchPiece", "Vmsa", "hash_table", "launch_digest"]
@@ -56,8 +56,8 @@ class HashedInput:
 
 @dataclass(frozen=True, slots=True)
 class LaunchPiece:
-    """One piece of the measured bytes: its own SM3, and the SM3 of everything up to its end. `address` is where it is put in
-    guest memory, for information only, None when that is not known."""
+    """One piece of the measured bytes: its own SM3, and the SM3 of everything up to its end. `address` is where it is
+    put in guest memory, for information only, None when that is not known."""
 
     name: str
     size: int
@@ -94,7 +94,8 @@ class LaunchDigest:
         if explain:
             record["append"] = self.append
             record["inputs"] = [
-                {"name": item.name, "path": item.path, "bytes": item.size, "sha256": item.sha256.hex()} for item in self.inputs
+                {"name": item.name, "path": item.path, "bytes": item.size, "sha256": item.sha256.hex()}
+                for item in self.inputs
             ]
             record["pieces"] = [
                 {
@@ -111,10 +112,10 @@ class LaunchDigest:
 
 
 def launch_digest(
-    firmware: Path,
+    firmware: AnyPath,
     *,
-    kernel: Path | None = None,
-    initrd: Path | None = None,
+    kernel: AnyPath | None = None,
+    initrd: AnyPath | None = None,
     append: str | None = None,
     vmsa: Vmsa = "none",
     vcpus: int = 1,
@@ -124,10 +125,11 @@ def launch_digest(
 ) -> LaunchDigest:
     """Computes the expected launch digest of a CSV or CSV2 guest.
 
-    Args: firmware: the OVMF image given as pflash unit 0. kernel, initrd, append: direct boot, as given to QEMU's -kernel, -initrd
-        and -append; initrd and append need a kernel. vmsa: "none", or "amd" to add save areas of vcpus processors with
-        cpu_signature (CPUID leaf 1 EAX). force_hash_table: adds the hash table although the firmware publishes no area for it.
-            Such a digest is for experiments: QEMU refuses that firmware with a kernel. progress: over the bytes of all files.
+    Args: firmware: the OVMF image given as pflash unit 0. kernel, initrd, append: direct boot, as given to QEMU's
+        -kernel, -initrd and -append; initrd and append need a kernel. vmsa: "none", or "amd" to add save areas of
+        vcpus processors with cpu_signature (CPUID leaf 1 EAX). force_hash_table: adds the hash table although the
+        firmware publishes no area for it. Such a digest is for experiments: QEMU refuses that firmware with a kernel.
+        progress: over the bytes of all files.
     Raises: HashTableAreaError, ResetBlockError, FirmwareTableError, EmptySourceError, ParameterError, SourceError.
     Thread-safety: safe from any thread. The GIL is released while bytes are read and hashed.
     """
@@ -210,7 +212,7 @@ class _Chain:
 
 
 def _check_parameters(
-    firmware: Path, kernel: Path | None, initrd: Path | None, append: str | None, vmsa: str, vcpus: int
+    firmware: AnyPath, kernel: AnyPath | None, initrd: AnyPath | None, append: str | None, vmsa: str, vcpus: int
 ) -> None:
     if vmsa not in ("none", "amd"):
         raise ParameterError(f"vmsa is {vmsa!r}; expected 'none' or 'amd'")
@@ -248,7 +250,7 @@ def _hash_command_line(append: str | None) -> HashedInput:
     return HashedInput("command line", None, len(data), hashlib.sha256(data).digest())
 
 
-def _hash_file(name: str, path: Path | None, step: Callable[[int], None]) -> HashedInput:
+def _hash_file(name: str, path: AnyPath | None, step: Callable[[int], None]) -> HashedInput:
     sha256 = hashlib.sha256()
     if path is None:
         return HashedInput(name, None, 0, sha256.digest())
@@ -262,10 +264,10 @@ def _hash_file(name: str, path: Path | None, step: Callable[[int], None]) -> Has
     return HashedInput(name, source.path, size, sha256.digest())
 
 
-def _progress_over(paths: list[Path], progress: Progress | None) -> Callable[[int], None]:
+def _progress_over(paths: list[AnyPath], progress: Progress | None) -> Callable[[int], None]:
     """One progress over several files. Their sizes only decide how far the bar is."""
     if progress is None:
-        return lambda count: None
+        return lambda _count: None
     total = total_size(paths)
     done = 0
     report = progress

@@ -1,11 +1,14 @@
-"""The GUID table at the end of an OVMF image: where the firmware wants the hash table, and where application processors start.
+"""The GUID table at the end of an OVMF image: where the firmware wants the hash table, and where application
+processors start.
 
 The table is read backwards from its footer, whose GUID ends 32 bytes before the end of the image:
 
-    ... data | LE16 length | GUID   data | LE16 length | GUID   LE16 length of all | footer GUID   32 bytes (reset vector)
+    ... data | LE16 length | GUID   data | LE16 length | GUID   LE16 length of all | footer GUID   32 bytes (reset
+    vector)
 
 An entry's length counts its data, the length itself and the GUID. GUIDs are stored with their first three groups
-little-endian. Everything is checked: an entry that does not fit, bytes left over, or a GUID that stands twice is an error.
+little-endian. Everything is checked: an entry that does not fit, bytes left over, or a GUID that stands twice is an
+error.
 
 Source: tianocore/edk2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm; QEMU hw/i386/pc_sysfw_ovmf.c (layout only).
 """
@@ -18,7 +21,13 @@ from dataclasses import dataclass
 from typing import Self
 from uuid import UUID
 
-from csvfast.measure.errors import EmptySourceError, FirmwareTableError, HashTableAreaError, ResetBlockError, SourceKindError
+from csvfast.measure.errors import (
+    EmptySourceError,
+    FirmwareTableError,
+    HashTableAreaError,
+    ResetBlockError,
+    SourceKindError,
+)
 from csvfast.measure.source import Source
 
 __all__ = ["GUID_NAMES", "GuidTable", "HashTableArea", "parse_guid_table"]
@@ -78,24 +87,29 @@ class GuidTable:
     def hash_table_area(self) -> HashTableArea:
         """Where the kernel-hashes table goes.
 
-        Raises: HashTableAreaError when the firmware has no such entry, or a base of 0, too little room, or an end above 4 GiB.
+        Raises: HashTableAreaError when the firmware has no such entry, or a base of 0, too little room, or an end
+            above 4 GiB.
         """
         data = self.entries.get(HASH_TABLE_GUID)
         if data is None:
             raise HashTableAreaError(
-                f"{self.path}: its table has no hash table area ({HASH_TABLE_GUID}); a kernel can only be measured with a firmware "
-                f"that publishes one, such as the AmdSev package of OVMF"
+                f"{self.path}: its table has no hash table area ({HASH_TABLE_GUID}); a kernel can only be measured "
+                f"with a firmware that publishes one, such as the AmdSev package of OVMF"
             )
         if len(data) != 8:
-            raise HashTableAreaError(f"{self.path}: its hash table area entry has {len(data)} bytes of data; expected 8")
+            raise HashTableAreaError(
+                f"{self.path}: its hash table area entry has {len(data)} bytes of data; expected 8"
+            )
         base, size = struct.unpack("<II", data)
         if base == 0 or size == 0:
             raise HashTableAreaError(
-                f"{self.path}: its hash table area is empty (base {base:#x}, size {size}); expected a base other than 0 and at "
-                f"least {HASH_TABLE_BYTES} bytes: this build of OVMF does not support kernel hashes"
+                f"{self.path}: its hash table area is empty (base {base:#x}, size {size}); expected a base other "
+                f"than 0 and at least {HASH_TABLE_BYTES} bytes: this build of OVMF does not support kernel hashes"
             )
         if size < HASH_TABLE_BYTES:
-            raise HashTableAreaError(f"{self.path}: its hash table area has {size} bytes; expected at least {HASH_TABLE_BYTES}")
+            raise HashTableAreaError(
+                f"{self.path}: its hash table area has {size} bytes; expected at least {HASH_TABLE_BYTES}"
+            )
         if base + size > ADDRESS_LIMIT:
             raise HashTableAreaError(
                 f"{self.path}: its hash table area ends at {base + size:#x}; expected at most {ADDRESS_LIMIT:#x}"
@@ -110,13 +124,16 @@ class GuidTable:
         data = self.entries.get(RESET_BLOCK_GUID)
         if data is None:
             raise ResetBlockError(
-                f"{self.path}: its table has no SEV-ES reset block ({RESET_BLOCK_GUID}); expected one for more than one vCPU"
+                f"{self.path}: its table has no SEV-ES reset block ({RESET_BLOCK_GUID}); "
+                f"expected one for more than one vCPU"
             )
         if len(data) != 4:
             raise ResetBlockError(f"{self.path}: its SEV-ES reset block has {len(data)} bytes of data; expected 4")
         address = int.from_bytes(data, "little")
         if address == 0:
-            raise ResetBlockError(f"{self.path}: its SEV-ES reset block holds address 0; expected the start of the other vCPUs")
+            raise ResetBlockError(
+                f"{self.path}: its SEV-ES reset block holds address 0; expected the start of the other vCPUs"
+            )
         return address
 
 
@@ -145,7 +162,8 @@ def parse_guid_table(tail: bytes) -> dict[UUID, bytes]:
         from_end = len(tail) - end
         if end - start < ENTRY_TAIL.size:
             raise FirmwareTableError(
-                f"GUID table has {end - start} bytes left over, {from_end} from the end of the image; expected whole entries"
+                f"GUID table has {end - start} bytes left over, {from_end} from the end of the image; "
+                f"expected whole entries"
             )
         length, guid = ENTRY_TAIL.unpack_from(tail, end - ENTRY_TAIL.size)
         name = UUID(bytes_le=guid)

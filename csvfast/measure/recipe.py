@@ -1,7 +1,7 @@
 """Recipes for launch digests, and what makes two of them differ.
 
-A recipe is a TOML or JSON file that names the pieces, so that a digest can be computed again, reviewed and kept in version
-control. Paths are relative to the file's directory.
+A recipe is a TOML or JSON file that names the pieces, so that a digest can be computed again, reviewed and kept in
+version control. Paths are relative to the file's directory.
 
     firmware = "OVMF.fd"
     kernel = "vmlinuz"
@@ -13,8 +13,8 @@ control. Paths are relative to the file's directory.
     force_hash_table = false
     expect = "8869…547b"      # checked by the command line
 
-An explanation is what `csvfast measure launch --explain --json` prints: a recipe's outcome, with the digest of every piece. Either
-can be compared with the other.
+An explanation is what `csvfast measure launch --explain --json` prints: a recipe's outcome, with the digest of every
+piece. Either can be compared with the other.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import json
 import os
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, cast
 
 from csvfast.measure.errors import ParameterError, RecipeError, SourceNotFoundError, SourceUnreadableError
 from csvfast.measure.launch import LaunchDigest, Vmsa, launch_digest
-from csvfast.measure.source import STDIN, Path, Progress
+from csvfast.measure.source import STDIN, AnyPath, Progress
 from csvfast.measure.vmsa import DEFAULT_CPU_SIGNATURE
 
 __all__ = ["Difference", "LaunchRecipe", "compare_explanations", "load_explanation", "load_recipe", "parse_digest"]
@@ -53,9 +53,9 @@ _KEYS: dict[str, tuple[type, ...]] = {
 class LaunchRecipe:
     """The arguments of `launch_digest`, and the digest that is expected, if any. Thread-safety: immutable."""
 
-    firmware: Path
-    kernel: Path | None = None
-    initrd: Path | None = None
+    firmware: AnyPath
+    kernel: AnyPath | None = None
+    initrd: AnyPath | None = None
     append: str | None = None
     vmsa: Vmsa = "none"
     vcpus: int = 1
@@ -80,7 +80,8 @@ class LaunchRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing in which two explanations differ. `left` and `right` are texts for people, "absent" where there is none."""
+    """One thing in which two explanations differ. `left` and `right` are texts for people, "absent" where there is
+    none."""
 
     piece: str
     field: str
@@ -91,7 +92,7 @@ class Difference:
         return f"{self.piece}: {self.field} is {self.left} on the left, {self.right} on the right"
 
 
-def load_recipe(path: Path) -> LaunchRecipe:
+def load_recipe(path: AnyPath) -> LaunchRecipe:
     """Reads a recipe.
 
     Raises: RecipeError naming the key, what it holds and what was expected; SourceError.
@@ -100,7 +101,7 @@ def load_recipe(path: Path) -> LaunchRecipe:
     return _recipe_of(_load(path), path)
 
 
-def load_explanation(path: Path, progress: Progress | None = None) -> dict[str, Any]:
+def load_explanation(path: AnyPath, progress: Progress | None = None) -> dict[str, Any]:
     """An explanation: read from an explanation file, or computed from a recipe file.
 
     Raises: RecipeError, SourceError, and what `launch_digest` raises.
@@ -171,15 +172,16 @@ def _compare(found: list[Difference], left: list[dict[str, Any]], right: list[di
 def _first_difference(left: str | None, right: str | None) -> Difference:
     if left is None or right is None:
         return Difference("command line", "text", *("absent" if text is None else repr(text) for text in (left, right)))
-    position = len(os.path.commonprefix([left, right]))
+    pairs = enumerate(zip(left, right, strict=False))
+    position = next((index for index, (one, other) in pairs if one != other), min(len(left), len(right)))
     sides = [repr(text[position : position + 32]) if position < len(text) else "the end" for text in (left, right)]
     return Difference("command line", f"text from character {position}", *sides)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    file = FilePath(path)
+def _load(path: AnyPath) -> dict[str, Any]:
+    file = Path(path)
     try:
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             content = stream.read(RECIPE_MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"{file}: no such file") from error
@@ -195,7 +197,7 @@ def _load(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], data)
 
 
-def _recipe_of(data: dict[str, Any], path: Path) -> LaunchRecipe:
+def _recipe_of(data: dict[str, Any], path: AnyPath) -> LaunchRecipe:
     name = os.fspath(path)
     for key, value in data.items():
         kinds = _KEYS.get(key)
@@ -209,12 +211,14 @@ def _recipe_of(data: dict[str, Any], path: Path) -> LaunchRecipe:
     values = dict(data)
     for key in ("firmware", "kernel", "initrd"):
         if key in values and values[key] != STDIN:
-            values[key] = FilePath(path).parent / values[key]
+            values[key] = Path(path).parent / values[key]
     if isinstance(values.get("cpu_signature"), str):
         try:
             values["cpu_signature"] = int(values["cpu_signature"], 0)
         except ValueError as error:
-            raise RecipeError(f"{name}: cpu_signature is {data['cpu_signature']!r}; expected a number such as 0x900f00") from error
+            raise RecipeError(
+                f"{name}: cpu_signature is {data['cpu_signature']!r}; expected a number such as 0x900f00"
+            ) from error
     if "expect" in values:
         values["expect"] = parse_digest(values["expect"], f"{name}: expect", RecipeError)
     return LaunchRecipe(**values)

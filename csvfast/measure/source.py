@@ -1,13 +1,13 @@
 """Where measured bytes come from: files, block devices, pipes and standard input, in bounded memory.
 
-A `Source` hands out a file's bytes in order (`chunks`) with a reader thread running ahead into a few reused buffers, or by
-position (`read_at`) for callers that hash ranges in parallel. It notices when the file is not the same at the end as it was
-at the start. Plain reads are the default: their memory is the buffers and nothing else, and a file that shrinks is an error
-instead of a SIGBUS. With access="mmap" the file is mapped window by window (no copy, no reader thread); use that only for
-files nobody truncates meanwhile.
+A `Source` hands out a file's bytes in order (`chunks`) with a reader thread running ahead into a few reused buffers,
+or by position (`read_at`) for callers that hash ranges in parallel. It notices when the file is not the same at the
+end as it was at the start. Plain reads are the default: their memory is the buffers and nothing else, and a file that
+shrinks is an error instead of a SIGBUS. With access="mmap" the file is mapped window by window (no copy, no reader
+thread); use that only for files nobody truncates meanwhile.
 
-A change is seen by size, mtime, ctime and inode, so with the clock of the file system: a write within the same tick (about
-4 ms on Linux) as the opening of the file, or through a mapping whose pages are already dirty, can escape.
+A change is seen by size, mtime, ctime and inode, so with the clock of the file system: a write within the same tick
+(about 4 ms on Linux) as the opening of the file, or through a mapping whose pages are already dirty, can escape.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import select
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
@@ -34,9 +36,9 @@ from csvfast.measure.errors import (
     SourceUnreadableError,
 )
 
-__all__ = ["CHUNK_BYTES", "STDIN", "Access", "Path", "Progress", "Source", "default_threads", "total_size"]
+__all__ = ["CHUNK_BYTES", "STDIN", "Access", "AnyPath", "Progress", "Source", "default_threads", "total_size"]
 
-Path = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 Access = Literal["read", "mmap"]
 Progress = Callable[[int, int | None], None]
 """Called with (bytes done, bytes in all, or None when that is unknown), often, from the calling thread."""
@@ -64,7 +66,7 @@ class Source:
     access: Access
     size: int | None
 
-    def __init__(self, path: Path, *, access: Access = "read") -> None:
+    def __init__(self, path: AnyPath, *, access: Access = "read") -> None:
         if access not in ("read", "mmap"):
             raise ParameterError(f"access is {access!r}; expected 'read' or 'mmap'")
         self.path = os.fspath(path)
@@ -97,10 +99,10 @@ class Source:
         """True when `read_at` works and `size` is known."""
         return self.size is not None
 
-    def same_file(self, path: Path) -> bool:
+    def same_file(self, path: AnyPath) -> bool:
         """True when path names the file this source reads."""
         try:
-            other = os.stat(path)
+            other = Path(path).stat()
         except OSError:
             return False
         return (other.st_dev, other.st_ino) == (self._before.st_dev, self._before.st_ino)
@@ -118,12 +120,14 @@ class Source:
                 raise _unreadable(self.path, error) from error
             if count == 0:
                 raise SourceTruncatedError(
-                    f"{self.path}: ends at byte {offset + done}, expected {self.size} bytes: it shrank while it was measured"
+                    f"{self.path}: ends at byte {offset + done}, expected {self.size} bytes: "
+                    f"it shrank while it was measured"
                 )
             done += count
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        """The bytes in order, in pieces of chunk_bytes except the last. A piece is valid until the next one is asked for.
+        """The bytes in order, in pieces of chunk_bytes except the last. A piece is valid until the next one is asked
+        for.
 
         Does not call `check_unchanged`; do so after the last piece.
         """
@@ -152,7 +156,9 @@ class Source:
             self._check_path()
         after = os.fstat(self._fd)
         if self._find_size() != self.size:
-            raise SourceChangedError(f"{self.path}: changed while it was measured: size was {self.size}, is {after.st_size}")
+            raise SourceChangedError(
+                f"{self.path}: changed while it was measured: size was {self.size}, is {after.st_size}"
+            )
         if stat.S_ISBLK(after.st_mode):
             return
         with memoryview(bytearray(1)) as beyond:
@@ -166,7 +172,7 @@ class Source:
 
     def _check_path(self) -> None:
         try:
-            there = os.stat(self.path)
+            there = Path(self.path).stat()
         except FileNotFoundError as error:
             raise SourceNotFoundError(f"{self.path}: vanished while it was measured") from error
         except OSError as error:
@@ -188,13 +194,13 @@ class Source:
             return os.lseek(self._fd, 0, os.SEEK_END)
         return None
 
-    def _fill_at(self, buffer: memoryview, offset: int, stop: threading.Event) -> int:
+    def _fill_at(self, buffer: memoryview, offset: int, _stop: threading.Event) -> int:
         assert self.size is not None
         count = min(len(buffer), self.size - offset)
         self.read_at(buffer[:count], offset)
         return count
 
-    def _fill_from_stream(self, buffer: memoryview, offset: int, stop: threading.Event) -> int:
+    def _fill_from_stream(self, buffer: memoryview, _offset: int, stop: threading.Event) -> int:
         # Polled, so that a reader of a silent pipe can be told to stop.
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
@@ -218,7 +224,9 @@ class Source:
         for offset in range(0, self.size, window):
             count = min(window, self.size - offset)
             if os.fstat(self._fd).st_size < offset + count and stat.S_ISREG(self._before.st_mode):
-                raise SourceTruncatedError(f"{self.path}: is shorter than its {self.size} bytes: it shrank while it was measured")
+                raise SourceTruncatedError(
+                    f"{self.path}: is shorter than its {self.size} bytes: it shrank while it was measured"
+                )
             try:
                 mapping = mmap.mmap(
                     self._fd, count, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ, offset=offset
@@ -236,13 +244,13 @@ def default_threads() -> int:
     return min(len(os.sched_getaffinity(0)), 16)
 
 
-def total_size(paths: Iterable[Path]) -> int | None:
-    """Bytes of several files together, for a progress bar; None when one of them is no regular file. Opens nothing: a pipe's
-    writer would notice."""
+def total_size(paths: Iterable[AnyPath]) -> int | None:
+    """Bytes of several files together, for a progress bar; None when one of them is no regular file. Opens nothing: a
+    pipe's writer would notice."""
     total = 0
     for path in paths:
         try:
-            status = os.fstat(0) if path == STDIN else os.stat(path)
+            status = os.fstat(0) if path == STDIN else Path(path).stat()
         except OSError:
             return None
         if not stat.S_ISREG(status.st_mode):
@@ -263,10 +271,8 @@ def _open(path: str) -> int:
             raise SourceKindError(f"{path}: is a socket or a device without a driver; expected a file") from error
         raise _unreadable(path, error) from error
     # Doubles the kernel's own read-ahead; refused for pipes, which need none.
-    try:
+    with suppress(OSError):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    except OSError:
-        pass
     return descriptor
 
 

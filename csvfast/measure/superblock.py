@@ -33,6 +33,8 @@ ALGORITHM = b"sm3"
 SECTOR_BYTES = 512
 DATA_BYTES_MAX = 1 << 63  # beyond this an offset no longer fits what the kernel and the file system count with
 
+NIL_UUID = uuids.UUID(int=0)
+
 _LAYOUT = struct.Struct("<8sII16s32sIIQH6s256s168s")
 
 
@@ -40,8 +42,8 @@ _LAYOUT = struct.Struct("<8sII16s32sIIQH6s256s168s")
 class VerityParameters:
     """Everything that decides a hash area besides the data and the place of the area.
 
-    Args: salt: 0 to 256 bytes. data_block_bytes, hash_block_bytes: powers of two, 512 to 524288. hash_type: 1, or 0 for Chromium
-        OS (salt after the block). uuid: goes into the superblock only.
+    Args: salt: 0 to 256 bytes. data_block_bytes, hash_block_bytes: powers of two, 512 to 524288. hash_type: 1, or 0
+        for Chromium OS (salt after the block). uuid: goes into the superblock only.
     Raises: ParameterError.
     Thread-safety: immutable.
     """
@@ -51,7 +53,7 @@ class VerityParameters:
     data_block_bytes: int = 4096
     hash_block_bytes: int = 4096
     hash_type: int = 1
-    uuid: uuids.UUID = uuids.UUID(int=0)
+    uuid: uuids.UUID = NIL_UUID
 
     def __post_init__(self) -> None:
         check_block_bytes("data block size", self.data_block_bytes)
@@ -139,19 +141,19 @@ def parse_superblock(data: bytes) -> VerityParameters:
     """
     if len(data) != SUPERBLOCK_BYTES:
         raise SuperblockError(f"superblock has {len(data)} bytes; expected {SUPERBLOCK_BYTES}")
-    magic, version, hash_type, uuid, algorithm, data_size, hash_size, blocks, salt_length, _, salt, _ = _LAYOUT.unpack(data)
+    magic, version, hash_type, uuid, algorithm, data_size, hash_size, blocks, salt_length, _, salt, _ = _LAYOUT.unpack(
+        data
+    )
     if magic != MAGIC:
         raise SuperblockError(f"superblock begins with {magic.hex()}; expected {MAGIC.hex()}")
     if version != VERSION:
         raise SuperblockError(f"superblock version is {version}; expected {VERSION}")
     if algorithm.rstrip(b"\0") != ALGORITHM:
-        name = algorithm.rstrip(b"\0").decode("ascii", "backslashreplace")
-        raise SuperblockError(f"superblock names the hash {name!r}; expected 'sm3'")
+        name = algorithm.rstrip(b"\0").decode("latin-1")
+        raise SuperblockError(f"superblock names the hash {name!a}; expected 'sm3'")
     if salt_length > SALT_MAX_BYTES:
         raise SuperblockError(f"superblock says the salt has {salt_length} bytes; expected at most {SALT_MAX_BYTES}")
     try:
-        return VerityParameters(
-            blocks, salt[:salt_length], data_size, hash_size, hash_type, uuids.UUID(bytes=uuid)
-        )
+        return VerityParameters(blocks, salt[:salt_length], data_size, hash_size, hash_type, uuids.UUID(bytes=uuid))
     except FormatError as error:
         raise SuperblockError(f"superblock: {error}") from error

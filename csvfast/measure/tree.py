@@ -1,8 +1,8 @@
 """Merkle trees over fixed-size blocks, in the layout of dm-verity: streaming, in bounded memory.
 
 The leaves are the SM3 digests of the data blocks. A hash block holds hash_block_bytes / 32 digests one after the other,
-zero padded; the digests of one level's hash blocks are the entries of the level above, until one digest remains: the root.
-A single data block has no hash block at all; its digest is the root.
+zero padded; the digests of one level's hash blocks are the entries of the level above, until one digest remains: the
+root. A single data block has no hash block at all; its digest is the root.
 
 Source: Linux Documentation/admin-guide/device-mapper/verity.rst and cryptsetup lib/verity/verity_hash.c (layout only).
 """
@@ -43,8 +43,8 @@ class LevelSink(Protocol):
 class BlockHash:
     """How a block becomes a digest.
 
-    Args: salt: 0 to 256 bytes. hash_type: 1 = SM3(salt ‖ block) as dm-verity has it today, 0 = SM3(block ‖ salt) as in the
-    original Chromium OS format.
+    Args: salt: 0 to 256 bytes. hash_type: 1 = SM3(salt ‖ block) as dm-verity has it today, 0 = SM3(block ‖ salt) as
+    in the original Chromium OS format.
     Thread-safety: safe from any thread.
     """
 
@@ -130,8 +130,9 @@ def hash_tree(
 ) -> tuple[bytes, int, int]:
     """Hashes a source into a builder.
 
-    Args: blocks: how many data blocks to cover, None = all of the source. pad: zero pad a last partial block instead of leaving
-        it out. threads: workers that read and hash ranges of a seekable source in parallel, None = one per processor.
+    Args: blocks: how many data blocks to cover, None = all of the source. pad: zero pad a last partial block instead
+        of leaving it out. threads: workers that read and hash ranges of a seekable source in parallel, None = one per
+        processor.
     Returns: (root, number of data blocks, bytes of the source that were read).
     Raises: EmptySourceError, ParameterError, SourceError.
     """
@@ -156,7 +157,9 @@ def hash_tree(
     if count == 0:
         raise EmptySourceError(f"{source.path}: holds no whole block of {block_bytes} bytes; a tree needs at least one")
     if blocks is not None and count != blocks:
-        raise EmptySourceError(f"{source.path}: holds {count} blocks of {block_bytes} bytes; expected at least {blocks}")
+        raise EmptySourceError(
+            f"{source.path}: holds {count} blocks of {block_bytes} bytes; expected at least {blocks}"
+        )
     return builder.finish(), count, done
 
 
@@ -169,13 +172,15 @@ def check_block_bytes(name: str, value: int) -> None:
 def _range_runs(
     source: Source, block_hash: BlockHash, block_bytes: int, blocks: int | None, pad: bool, workers: int
 ) -> Iterator[tuple[bytes, int]]:
-    """Leaves of a seekable source: each worker reads a range into its own small buffer and hashes it while it is in cache."""
+    """Leaves of a seekable source: each worker reads a range into its own small buffer and hashes it while it is in
+    cache."""
     assert source.size is not None
     whole = source.size // block_bytes if blocks is None else blocks
     tail = source.size - whole * block_bytes if pad and blocks is None else 0
     if whole * block_bytes > source.size:
         raise EmptySourceError(
-            f"{source.path}: holds {source.size // block_bytes} blocks of {block_bytes} bytes; expected at least {blocks}"
+            f"{source.path}: holds {source.size // block_bytes} blocks of {block_bytes} bytes; "
+            f"expected at least {blocks}"
         )
     end = whole * block_bytes
     buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()

@@ -1,12 +1,12 @@
 """dm-verity with SM3, byte for byte what `veritysetup format --hash=sm3` and `veritysetup verify` do.
 
-`format_verity` builds the hash area of a data file and writes it, with a superblock, to a hash file or behind the data in the
-same file; without a target it only computes the root hash. `verify_verity` computes the tree again and compares all of
-it. As in veritysetup, whole data blocks are covered and a partial block at the end of the file is not (a device made from
-it does not show it either); the record says how many bytes that were.
+`format_verity` builds the hash area of a data file and writes it, with a superblock, to a hash file or behind the
+data in the same file; without a target it only computes the root hash. `verify_verity` computes the tree again and
+compares all of it. As in veritysetup, whole data blocks are covered and a partial block at the end of the file is not
+(a device made from it does not show it either); the record says how many bytes that were.
 
-Nothing half-written remains: a hash file appears by rename when it is complete, and an area appended to an existing file is cut
-off again when writing it fails (an area made earlier that was being overwritten is then gone).
+Nothing half-written remains: a hash file appears by rename when it is complete, and an area appended to an existing
+file is cut off again when writing it fails (an area made earlier that was being overwritten is then gone).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import uuid as uuids
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from csvfast.measure.errors import ParameterError, SourceTruncatedError, SuperblockError, TargetError
-from csvfast.measure.source import STDIN, Path, Progress, Source
+from csvfast.measure.source import STDIN, AnyPath, Progress, Source
 from csvfast.measure.superblock import SUPERBLOCK_BYTES, VerityParameters, pack_superblock, parse_superblock
 from csvfast.measure.tree import DIGEST_BYTES, BlockHash, TreeBuilder, check_block_bytes, hash_tree
 
@@ -103,8 +104,8 @@ class VerityCheck:
 
 
 def format_verity(
-    data: Path,
-    hash_file: Path | None = None,
+    data: AnyPath,
+    hash_file: AnyPath | None = None,
     *,
     salt: bytes | None = None,
     uuid: uuids.UUID | None = None,
@@ -119,11 +120,11 @@ def format_verity(
 ) -> VerityRecord:
     """Builds the hash tree of a data file or device and, with hash_file, writes the hash area.
 
-    Args: data: file, block device, pipe or "-". hash_file: target; replaced when it exists, except that when it is the data file
-        itself the area goes behind the data at hash_offset. salt: 0 to 256 bytes, None = 32 random ones. uuid: None = a random
-        one. data_blocks: None = all whole blocks (those before hash_offset, when hash_file is the data file).
-        superblock: False leaves it out, and hash_offset must then be a multiple of the hash block size. hash_type: 1, or 0 for
-        Chromium OS. threads, progress: as in `measure_image`.
+    Args: data: file, block device, pipe or "-". hash_file: target; replaced when it exists, except that when it is
+        the data file itself the area goes behind the data at hash_offset. salt: 0 to 256 bytes, None = 32 random
+        ones. uuid: None = a random one. data_blocks: None = all whole blocks (those before hash_offset, when
+        hash_file is the data file). superblock: False leaves it out, and hash_offset must then be a multiple of the
+        hash block size. hash_type: 1, or 0 for Chromium OS. threads, progress: as in `measure_image`.
     Raises: SourceError, EmptySourceError, ParameterError, TargetError.
     Thread-safety: safe from any thread. The GIL is released while bytes are read and hashed.
     """
@@ -132,9 +133,7 @@ def format_verity(
     block_hash = BlockHash(salt, hash_type)
     check_block_bytes("data block size", data_block_bytes)
     # All but the number of blocks is known; the smallest number makes every other parameter be checked before the work.
-    parameters = VerityParameters(
-        1, salt, data_block_bytes, hash_block_bytes, hash_type, uuid or uuids.uuid4()
-    )
+    parameters = VerityParameters(1, salt, data_block_bytes, hash_block_bytes, hash_type, uuid or uuids.uuid4())
     area_offset = parameters.area_offset(hash_offset, superblock)
     with ExitStack() as stack:
         source = stack.enter_context(Source(data))
@@ -175,12 +174,10 @@ def format_verity(
                 _fill_last_block(file, parameters, hash_offset, superblock)
     hash_path = None if hash_file is None else os.fspath(hash_file)
     seconds = time.perf_counter() - start
-    return VerityRecord(
-        source.path, root, parameters, uncovered, hash_path, hash_offset, superblock, seconds
-    )
+    return VerityRecord(source.path, root, parameters, uncovered, hash_path, hash_offset, superblock, seconds)
 
 
-def read_superblock(hash_file: Path, hash_offset: int = 0) -> VerityParameters:
+def read_superblock(hash_file: AnyPath, hash_offset: int = 0) -> VerityParameters:
     """The parameters in the superblock of a hash file.
 
     Raises: SourceError, SuperblockError.
@@ -191,8 +188,8 @@ def read_superblock(hash_file: Path, hash_offset: int = 0) -> VerityParameters:
 
 
 def verify_verity(
-    data: Path,
-    hash_file: Path,
+    data: AnyPath,
+    hash_file: AnyPath,
     root_hash: bytes,
     *,
     hash_offset: int = 0,
@@ -202,8 +199,8 @@ def verify_verity(
 ) -> VerityCheck:
     """Checks a whole data file against its hash area and a trusted root hash.
 
-    Args: parameters: None = read them from the superblock; give them for an area without one. root_hash: 32 bytes from a place
-        you trust; nothing in the hash file can stand in for it.
+    Args: parameters: None = read them from the superblock; give them for an area without one. root_hash: 32 bytes
+        from a place you trust; nothing in the hash file can stand in for it.
     Returns: a `VerityCheck`; disagreement is its content, not an exception.
     Raises: SourceError, SuperblockError, ParameterError (root_hash is not 32 bytes).
     Thread-safety: safe from any thread. The GIL is released while bytes are read and hashed.
@@ -275,7 +272,8 @@ def _refuse_overwriting(source: Source, hash_offset: int) -> None:
 
 
 def _fill_last_block(file: IO[bytes], parameters: VerityParameters, hash_offset: int, superblock: bool) -> None:
-    """A single data block has no hash blocks; veritysetup then writes the superblock with the rest of its device block."""
+    """A single data block has no hash blocks; veritysetup then writes the superblock with the rest of its device
+    block."""
     if superblock and not parameters.level_blocks:
         step = min(parameters.hash_block_bytes, 4096)
         end = file.seek(0, os.SEEK_END)
@@ -284,10 +282,10 @@ def _fill_last_block(file: IO[bytes], parameters: VerityParameters, hash_offset:
 
 
 class _LevelSpool:
-    """Keeps hash blocks until the size of every level, and with it the place of each, is known. Small levels stay in memory,
-    large ones in unnamed temporary files."""
+    """Keeps hash blocks until the size of every level, and with it the place of each, is known. Small levels stay in
+    memory, large ones in unnamed temporary files."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._files: list[IO[bytes]] = []
 
@@ -300,7 +298,7 @@ class _LevelSpool:
 
     def write(self, level: int, blocks: bytes | bytearray) -> None:
         while level >= len(self._files):
-            self._files.append(tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES, dir=self._directory))
+            self._files.append(tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES, dir=str(self._directory)))  # noqa: SIM115
         try:
             self._files[level].write(blocks)
         except OSError as error:
@@ -352,25 +350,27 @@ class _AreaComparison:
         found = []
         if self._first_bad_data is not None:
             found.append(
-                f"{self.bad_data_blocks} of {self._data_blocks} data blocks do not match their hashes, the first is block "
-                f"{self._first_bad_data} at byte {self._first_bad_data * self._data_block_bytes}"
+                f"{self.bad_data_blocks} of {self._data_blocks} data blocks do not match their hashes, "
+                f"the first is block {self._first_bad_data} at byte {self._first_bad_data * self._data_block_bytes}"
             )
         elif self._first_bad_hash is not None:  # (wrong data makes every hash block above it wrong too)
-            found.append(f"the hash block at byte {self._first_bad_hash} of the hash area's file does not match the data")
+            found.append(
+                f"the hash block at byte {self._first_bad_hash} of the hash area's file does not match the data"
+            )
         return found
 
 
 class _Target:
     """The file a hash area goes to; checked before the work, written after it."""
 
-    def __init__(self, path: Path, *, in_place: bool) -> None:
-        self._path = os.fspath(path)
-        if self._path == STDIN:
+    def __init__(self, path: AnyPath, *, in_place: bool) -> None:
+        self._path = Path(path)
+        if os.fspath(path) == STDIN:
             raise ParameterError("hash file is '-'; expected a path, a hash area is not written to a stream")
         self._in_place = in_place
-        self.directory = os.path.dirname(self._path) or "."
+        self.directory = self._path.parent
         try:
-            mode = os.stat(self._path).st_mode
+            mode = self._path.stat().st_mode
         except FileNotFoundError:
             mode = stat.S_IFREG
         except OSError as error:
@@ -396,7 +396,7 @@ class _Target:
 
     @contextmanager
     def _existing(self) -> Iterator[IO[bytes]]:
-        file = open(self._path, "r+b")  # noqa: SIM115 -- closed below, before the file is cut back
+        file = self._path.open("r+b")
         before = os.fstat(file.fileno())
         try:
             yield file
@@ -412,26 +412,18 @@ class _Target:
 
     @contextmanager
     def _replacement(self) -> Iterator[IO[bytes]]:
-        descriptor, name = tempfile.mkstemp(dir=self.directory, prefix=f".{os.path.basename(self._path)}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
+        temporary = self.directory / f".{self._path.name}.{secrets.token_hex(8)}"
+        with temporary.open("xb") as file:
+            try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes 0600; give what the file had, or what open() would have given.
-            os.chmod(name, self._mode())
-            os.replace(name, self._path)
-        except BaseException:
-            os.unlink(name)
-            raise
-
-    def _mode(self) -> int:
-        try:
-            return stat.S_IMODE(os.stat(self._path).st_mode)
-        except FileNotFoundError:
-            mask = os.umask(0)
-            os.umask(mask)
-            return 0o666 & ~mask
+                with suppress(FileNotFoundError):
+                    temporary.chmod(stat.S_IMODE(self._path.stat().st_mode))
+                temporary.replace(self._path)
+            except BaseException:
+                temporary.unlink()
+                raise
 
     def _error(self, error: OSError) -> TargetError:
         return TargetError(f"{self._path}: the hash area cannot be written: {error.strerror or error}")

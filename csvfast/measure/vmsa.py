@@ -1,6 +1,7 @@
 """The initial save area (VMSA) of a vCPU, as QEMU and AMD SEV-ES have it: one page that is measured after the data.
 
-Whether Hygon's CSV2 measures these pages is not published; by all that is known it does not, so they are only made on request.
+Whether Hygon's CSV2 measures these pages is not published; by all that is known it does not, so they are only made on
+request.
 Source: specification section 6.3; virtee/sev-snp-measure sevsnpmeasure/vmsa.py (field values only).
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from csvfast import _core, errors
 from csvfast.memory import snapshot
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     import numpy
     from numpy.typing import NDArray
-    from typing_extensions import Buffer
+
+    from csvfast._core import BytesLike
 
 __all__ = ["EncryptedMemory"]
 
@@ -59,7 +60,7 @@ class EncryptedMemory(_core.Engine):
         base_address: int = 0,
         asid_max: int = 509,
         threads: int = 1,
-        buffer: Buffer | None = None,
+        buffer: BytesLike | None = None,
         path: str | os.PathLike[str] | None = None,
         file_offset: int = 0,
     ) -> None:
@@ -81,7 +82,7 @@ class EncryptedMemory(_core.Engine):
             if buffer is None:
                 raise errors.ArgumentError("size is missing; only buffer= or path= can stand in for it")
             try:
-                size = memoryview(buffer).nbytes
+                size = memoryview(cast("Any", buffer)).nbytes
             except TypeError:
                 raise errors.BufferTypeError(
                     f"buffer must be a bytes-like object, not {type(buffer).__name__}"

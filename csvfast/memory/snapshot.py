@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import struct
 import tempfile
@@ -127,7 +128,10 @@ def _shape_of(path: Path, text: bytes) -> SnapshotInfo:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
         raise SnapshotError(f"{path}: the snapshot's header cannot be read ({type(problem).__name__})") from None
     numbers = (shape.size, shape.base_address)
-    if not all(type(number) is int and 0 <= number < 1 << 64 and number % _PAGE == 0 for number in numbers):
+    if (
+        not all(type(number) is int and 0 <= number < 1 << 64 and number % _PAGE == 0 for number in numbers)
+        or not shape.size
+    ):
         raise SnapshotError(f"{path}: size and base address are {numbers}; expected multiples of {_PAGE}")
     if shape.standard not in ("gb", "ieee") or shape.tweak_model not in ("xts", "line"):
         raise SnapshotError(f"{path}: unknown standard {shape.standard!r} or tweak model {shape.tweak_model!r}")
@@ -171,20 +175,18 @@ def restore(memory: EncryptedMemory, path: Path) -> SnapshotInfo:
                     f"{path} was taken of a memory with {name} {getattr(shape, name)!r}; this one has "
                     f"{getattr(memory, name)!r}"
                 )
-        import numpy as np
-
-        content = np.empty(shape.size, np.uint8)
         digest = _start_digest(header)
-        with memoryview(content) as window:
+        # Nothing may reach the DRAM before all of it is verified, so the content waits in memory of its own.
+        with mmap.mmap(-1, shape.size) as content, memoryview(content) as window, memoryview(memory) as dram:
             place = 0
             while place < shape.size:
                 count = stream.readinto(window[place : place + _CHUNK])
                 if not count:
                     raise SnapshotError(f"{path} ended after {len(header) + place} bytes while it was read")
                 place += count
-        for start in range(0, shape.size, _CHUNK):
-            digest.update(sm3_blocks(content[start : start + _CHUNK], _PAGE))
-    if digest.digest() != header[_PREFIX.size : _TEXT_AT]:
-        raise SnapshotError(f"{path} is damaged: its digest does not match its content")
-    memory.raw[:] = content
+            for start in range(0, shape.size, _CHUNK):
+                digest.update(sm3_blocks(window[start : start + _CHUNK], _PAGE))
+            if digest.digest() != header[_PREFIX.size : _TEXT_AT]:
+                raise SnapshotError(f"{path} is damaged: its digest does not match its content")
+            dram[:] = window
     return shape

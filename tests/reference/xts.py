@@ -46,8 +46,6 @@ def crypt_unit(key: bytes, tweak: bytes, data: bytes, standard: str, *, decrypt:
 def crypt(key: bytes, data: bytes, unit: int, unit_size: int, standard: str, *, decrypt: bool = False) -> bytes:
     """Consecutive data units numbered from `unit`."""
     return b"".join(
-        crypt_unit(
-            key, (unit + i).to_bytes(16, "little"), data[place : place + unit_size], standard, decrypt=decrypt
-        )
+        crypt_unit(key, (unit + i).to_bytes(16, "little"), data[place : place + unit_size], standard, decrypt=decrypt)
         for i, place in enumerate(range(0, len(data), unit_size))
     )

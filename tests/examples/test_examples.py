@@ -1,0 +1,81 @@
+"""Every example runs as it stands, in less than five seconds, and in a directory that is not the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import csvfast
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def test_all_numbers_are_there() -> None:
+    assert [path.name[:2] for path in sorted(EXAMPLES.glob("[0-9][0-9]_*"))] == ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_python_example(example: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-P", str(example)], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert done.stderr == ""
+    assert time.monotonic() - start < 5
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C library, built from this checkout and installed below a prefix."""
+    base = tmp_path_factory.mktemp("embed")
+    variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    subprocess.run(
+        ["make", "-C", str(ROOT / "csrc"), f"BUILD={base / 'build'}", f"PREFIX={base / 'prefix'}", "-j2", "install"],
+        check=True, capture_output=True, env=variables,
+    )  # fmt: skip
+    return base / "prefix"
+
+
+def run_embed(directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    shutil.copytree(EXAMPLES / "06_embed", directory, ignore=shutil.ignore_patterns("embed"))
+    subprocess.run(["make", "-s", "embed", *arguments], cwd=directory, check=True, env=dict(os.environ) | (environment or {}))
+    done = subprocess.run([str(directory / "embed")], capture_output=True, text=True, check=False, env=dict(os.environ) | (environment or {}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check_embed(shown: str) -> None:
+    lines = dict(line.split(maxsplit=3)[0:1] + [line] for line in shown.splitlines())
+    assert "guest 1 reads the guest's secret" in shown
+    assert lines["done"] == "done"
+    # The same keys and place in Python give the same ciphertext: one engine under both.
+    memory = csvfast.EncryptedMemory(1 << 20)
+    memory.install(1, bytes(range(32)))
+    memory.write(0x3000, b"the guest's secret", 1)
+    assert bytes(memory.raw[0x3000:0x3012]).hex() in shown
+
+
+def test_embed_by_pkg_config(installed: Path, tmp_path: Path) -> None:
+    if shutil.which("pkg-config") is None:
+        pytest.skip("pkg-config is not installed")
+    environment = {"PKG_CONFIG_PATH": str(installed / "lib" / "pkgconfig"), "LD_LIBRARY_PATH": str(installed / "lib")}
+    check_embed(run_embed(tmp_path / "embed", environment=environment))
+
+
+def test_embed_against_the_header_of_the_package(installed: Path, tmp_path: Path) -> None:
+    """csvfast.get_include() gives the header that fits the library."""
+    target = tmp_path / "embed"
+    flags = f"-I{csvfast.get_include()} {installed / 'lib' / 'libcsvfast.a'} -pthread"
+    subprocess.run(
+        ["sh", "-c", f"cc -std=c11 -Wall -Wextra -Werror -o '{target}' '{EXAMPLES / '06_embed' / 'embed.c'}' {flags}"], check=True
+    )
+    done = subprocess.run([str(target)], capture_output=True, text=True, check=True)
+    check_embed(done.stdout)

@@ -1,0 +1,74 @@
+"""Scripts behind the two commands: syntax, stages, the guards of make-venv.sh, the demo on small images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = sorted([*ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_syntax(script: Path) -> None:
+    shell = "bash" if script.read_text().startswith("#!/usr/bin/env bash") else "sh"
+    subprocess.run([shell, "-n", str(script)], check=True)
+
+
+def test_ci_runs_the_tests() -> None:
+    text = (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "set -euo pipefail" in text
+    assert "make test" in text
+    assert "export CI=true" in text
+
+
+def test_stages_are_listed() -> None:
+    done = subprocess.run([sys.executable, "tools/run_tests.py", "--list"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {line.split()[0] for line in done.stdout.splitlines()}
+    assert {"lint", "c", "ctrace", "asan", "tsan", "fuzz-smoke", "pytest", "bench"} <= names
+
+
+def test_unknown_stage_is_refused() -> None:
+    done = subprocess.run([sys.executable, "tools/run_tests.py", "--only", "nonsense"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+
+
+def make_venv(tmp_path: Path, path: str) -> subprocess.CompletedProcess[str]:
+    shell = shutil.which("sh")
+    assert shell is not None
+    return subprocess.run(
+        [shell, str(ROOT / "tools" / "make-venv.sh"), str(tmp_path / "venv")],
+        env={"PATH": path, "PYTHON": "python3"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_venv_without_python_says_what_to_install(tmp_path: Path) -> None:
+    done = make_venv(tmp_path, str(tmp_path))
+    assert done.returncode == 1
+    assert "Python 3.11 or newer" in done.stderr
+    assert "apt-get install" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_venv_without_compiler_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "python3").symlink_to(sys.executable)
+    done = make_venv(tmp_path, str(tmp_path))
+    assert done.returncode == 1
+    assert "apt-get install gcc" in done.stderr
+
+
+@pytest.mark.slow
+def test_demo_on_small_images() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "tools" / "demo.py"), "--megabytes", "4"], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every check held" in done.stdout
+    assert "found: block 1023" in done.stdout
