@@ -36,16 +36,18 @@ test: $(VENV)/.installed-test
 venv: $(VENV)/.installed
 test-venv: $(VENV)/.installed-test
 
-$(VENV)/bin/python: tools/make-venv.sh
+# A stamp and not the interpreter: that one is a link, and make looks at the age of what it points to.
+$(VENV)/.made: tools/make-venv.sh
 	@PYTHON='$(PYTHON)' sh tools/make-venv.sh $(VENV)
+	@touch $@
 
 # Not editable: what runs is what a user installs, and no build product appears among the sources. The core stamp is
 # newer than the test one only when `make demo` built last; each one puts the sources of today in place.
-$(VENV)/.installed: $(VENV)/bin/python $(PACKAGE_SOURCES)
+$(VENV)/.installed: $(VENV)/.made $(PACKAGE_SOURCES)
 	@$(RUN) tools/install.py .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/bin/python $(PACKAGE_SOURCES)
+$(VENV)/.installed-test: $(VENV)/.made $(PACKAGE_SOURCES)
 	@$(RUN) tools/install.py '.[test,bench]'
 	@touch $(VENV)/.installed $@
 

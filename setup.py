@@ -4,7 +4,7 @@ Instruction sets are chosen inside the C files (csrc/target_begin.h), so one set
 
 Environment
     CSVFAST_SANITIZE   comma-separated sanitizers for the C code and the binding, e.g. ``address,undefined``
-    CSVFAST_DEBUG      1 = Cython bounds, None and overflow checks on, no optimisation
+    CSVFAST_DEBUG      1 = Cython bounds, None and division checks on, no optimisation
     CSVFAST_COVERAGE   1 = gcov instrumentation
 """
 
@@ -139,9 +139,9 @@ setup(
             "wraparound": DEBUG,
             "initializedcheck": DEBUG,
             "nonecheck": DEBUG,
-            "overflowcheck": DEBUG,
+            "cdivision": not DEBUG,
         },
-        show_all_warnings=True,
+        show_all_warnings=not DEBUG,
     ),
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
 )

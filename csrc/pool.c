@@ -4,6 +4,7 @@
  *
  * After fork() the child has the pool but no workers, and a lock may be held by a thread that no longer exists. The pool therefore
  * remembers its process: in a child every job runs in the calling thread, without locks, and destroy joins nobody. */
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>

@@ -307,6 +307,8 @@ cdef class Engine:
             raise self.failure(CSVF_ERR_RANGE, "read", place, size, who)
         data = PyBytes_FromStringAndSize(NULL, size)
         target = <uint8_t *>PyBytes_AS_STRING(data)
+        if size >= HUGE_BYTES:
+            _prefer_huge_pages(<char *>target, size)
         if size < GIL_BYTES:
             status = csvf_read(self.engine, target, size, who, place)
         else:

@@ -1,4 +1,5 @@
 # SM3 for Python: hashlib-shaped streams, many messages at once, key derivation, worker threads. Part of _core.pyx.
+# Class docstrings begin with the constructor's signature in the form inspect.signature() reads; Cython writes none.
 
 
 cdef class _Stream:
@@ -58,10 +59,7 @@ cdef class _Stream:
 
 @cython.final
 cdef class sm3(_Stream):
-    """sm3(data=b"", *, usedforsecurity=True)
-    --
-
-    A streaming SM3 hash with hashlib's interface.
+    """sm3(data=b'', *, usedforsecurity=True)\n--\n\nA streaming SM3 hash with hashlib's interface.
 
     Args:
         data: first bytes of the message; any C-contiguous buffer.
@@ -139,10 +137,7 @@ cdef class sm3(_Stream):
 
 @cython.final
 cdef class hmac_sm3(_Stream):
-    """hmac_sm3(key, data=b"")
-    --
-
-    HMAC with SM3, hashlib-shaped.
+    """hmac_sm3(key, data=b'')\n--\n\nHMAC with SM3, hashlib-shaped.
 
     Args:
         key: bytes of any length.
@@ -239,10 +234,7 @@ cdef class hmac_sm3(_Stream):
 
 @cython.final
 cdef class WorkerPool:
-    """WorkerPool(threads)
-    --
-
-    Threads for bulk calls outside an engine; the calling thread counts as one of them.
+    """WorkerPool(threads)\n--\n\nThreads for bulk calls outside an engine; the calling thread counts as one of them.
 
     Thread-safety: any thread may hand the pool to a call; calls are served one at a time.
     """

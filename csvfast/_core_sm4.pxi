@@ -12,10 +12,7 @@ cdef object _transform_error(int status, Py_ssize_t length, str what):
 
 @cython.final
 cdef class SM4XTS:
-    """SM4XTS(key, *, standard="gb", unit_size=4096, pool=None)
-    --
-
-    SM4-XTS under one key, over consecutive data units.
+    """SM4XTS(key, *, standard='gb', unit_size=4096, pool=None)\n--\n\nSM4-XTS under one key, over consecutive data units.
 
     Args:
         key: 32 bytes, K1 (data) then K2 (tweak); the halves must differ.
@@ -255,10 +252,7 @@ cdef class SM4XTS:
 
 @cython.final
 cdef class SM4CTR(_Stream):
-    """SM4CTR(key, counter)
-    --
-
-    An SM4-CTR key stream; each call goes on where the last one ended, also inside a block.
+    """SM4CTR(key, counter)\n--\n\nAn SM4-CTR key stream; each call goes on where the last one ended, also inside a block.
 
     Args:
         key: 16 bytes.
@@ -343,10 +337,7 @@ cdef int _check_tag_length(Py_ssize_t length) except -1:
 
 @cython.final
 cdef class SM4GCM:
-    """SM4GCM(key)
-    --
-
-    SM4-GCM under one key; every call is a whole message with its own nonce.
+    """SM4GCM(key)\n--\n\nSM4-GCM under one key; every call is a whole message with its own nonce.
 
     Args:
         key: 16 bytes.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
-import ssl
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +55,12 @@ def cpu_model() -> str:
                     return line.partition(":")[2].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return os.uname().machine
 
 
 def _installed(distribution: str) -> str | None:
+    from importlib import metadata  # half of the time `import csvfast` may take
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -79,6 +78,8 @@ def info() -> dict[str, Any]:
 
     Thread-safety: safe from any thread.
     """
+    import ssl  # for its version only, and slow to import
+
     try:
         include: str | None = get_include()
     except FileNotFoundError:
@@ -87,7 +88,7 @@ def info() -> dict[str, Any]:
         "version": version(),
         "cpu": {
             "model": cpu_model(),
-            "machine": platform.machine(),
+            "machine": os.uname().machine,
             "count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "features": _core.cpu_features(),
         },

@@ -1,7 +1,7 @@
 """The launch digest that a guest's attestation report will carry, computed before the guest exists.
 
-The inputs are made up on the spot; the shape of the firmware is real: an OVMF image that publishes, in the table at its end, where
-QEMU puts the hashes of kernel, initrd and command line.
+The inputs are made up on the spot; the shape of the firmware is real: an OVMF image that publishes, in the table at its
+end, where QEMU puts the hashes of kernel, initrd and command line.
 """
 
 from __future__ import annotations

@@ -36,5 +36,3 @@ else
     echo "$python cannot make a virtual environment with pip. On Debian: apt-get install python3-venv" >&2
     exit 1
 fi
-# make compares ages: the interpreter is a link whose target is old.
-touch -h "$directory/bin/python" 2>/dev/null || true

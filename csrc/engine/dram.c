@@ -4,49 +4,69 @@
 
 #include "engine.h"
 
-enum { SMALL_READ = 512 };      /* an unaligned read of so few bytes is decrypted in one piece on the stack */
+enum {
+    SMALL_READ = 512,   /* an unaligned access with no more bytes than this in its blocks is done in one piece on the stack: */
+    SMALL_WRITE = 256   /* a kernel call for a few blocks costs little more than one for a single block */
+};
 
 /* ---- Blocks shared by threads that use different bytes of them ---- */
 
-static csvf__spinlock *lock_block(csvf_engine *engine, uint64_t address)
+static csvf__spinlock *lock_of(csvf_engine *engine, uint64_t address)
 {
     const uint64_t block = address / CSVF_BLOCK_BYTES;
-    csvf__spinlock *lock = &engine->locks[(block ^ block >> 6) % CSVF__BLOCK_LOCKS];
+    return &engine->locks[(block ^ block >> 6) % CSVF__BLOCK_LOCKS];
+}
+
+static void lock(csvf__spinlock *spinlock)
+{
     unsigned tries = 0;
-    while (atomic_exchange_explicit(&lock->taken, 1, memory_order_acquire))
-        while (atomic_load_explicit(&lock->taken, memory_order_relaxed))
+    while (atomic_exchange_explicit(&spinlock->taken, 1, memory_order_acquire))
+        while (atomic_load_explicit(&spinlock->taken, memory_order_relaxed))
             if (++tries % 128 == 0)
                 sched_yield();      /* the holder may have lost its core */
 #if defined(__x86_64__)
             else
                 __builtin_ia32_pause();
 #endif
-    return lock;
 }
 
-static void unlock_block(csvf__spinlock *lock) { atomic_store_explicit(&lock->taken, 0, memory_order_release); }
+static void unlock(csvf__spinlock *spinlock) { atomic_store_explicit(&spinlock->taken, 0, memory_order_release); }
 
-/* Writes `length` bytes inside one block: decrypts it, merges, encrypts it again, all under the block's lock, so that
- * writers of the other bytes lose nothing. */
-static void write_part(csvf__access *access, uint64_t address, const uint8_t *data, size_t length)
+/* Writes bytes that need not begin or end on a block, at most SMALL_WRITE with the blocks around them: decrypts those blocks,
+ * merges, encrypts them again, all under the locks of the first and the last one, so that writers of their other bytes lose
+ * nothing. The lower lock is taken first, or two writers could wait for each other. */
+static void write_small(csvf__access *access, uint64_t address, const uint8_t *data, size_t length)
 {
-    uint8_t block[CSVF_BLOCK_BYTES];
-    const uint64_t start = address / CSVF_BLOCK_BYTES * CSVF_BLOCK_BYTES;
+    uint8_t scratch[SMALL_WRITE];
+    const size_t skipped = address % CSVF_BLOCK_BYTES, covered = (skipped + length + 15) / 16 * 16;
+    const uint64_t start = address - skipped;
     uint8_t *place = csvf__at(access->engine, start);
-    csvf__spinlock *lock = lock_block(access->engine, start);
-    csvf__transform(access, block, place, start, sizeof block, 1);
-    memcpy(block + (address - start), data, length);
-    csvf__transform(access, place, block, start, sizeof block, 0);
-    unlock_block(lock);
-    csvf_wipe(block, sizeof block);
-    access->merged++;
+    csvf__spinlock *low = lock_of(access->engine, start);
+    csvf__spinlock *high = lock_of(access->engine, start + covered - CSVF_BLOCK_BYTES);
+    if (low > high) {
+        csvf__spinlock *other = low;
+        low = high, high = other;
+    }
+    lock(low);
+    if (high != low)
+        lock(high);
+    csvf__transform(access, scratch, place, start, covered, 1);
+    memcpy(scratch + skipped, data, length);
+    csvf__transform(access, place, scratch, start, covered, 0);
+    if (high != low)
+        unlock(high);
+    unlock(low);
+    csvf_wipe(scratch, covered);
+    const size_t after = covered - skipped - length;
+    access->merged += covered == CSVF_BLOCK_BYTES ? 1 : (uint64_t)(skipped != 0) + (after != 0);
 }
 
 static void copy_block_whole(csvf_engine *engine, uint8_t *out, uint64_t address)
 {
-    csvf__spinlock *lock = lock_block(engine, address);
+    csvf__spinlock *spinlock = lock_of(engine, address);
+    lock(spinlock);
     memcpy(out, csvf__at(engine, address), CSVF_BLOCK_BYTES);
-    unlock_block(lock);
+    unlock(spinlock);
 }
 
 /* Reads bytes that need not begin or end on a block, at most SMALL_READ with the blocks around them. A block wanted only in part is
@@ -79,14 +99,18 @@ static size_t head_length(uint64_t address, size_t length)
 static void write_guest(csvf__access *access, uint64_t address, const uint8_t *data, size_t length)
 {
     const size_t head = head_length(address, length);
-    if (head)
-        write_part(access, address, data, head);
     const size_t middle = (length - head) / CSVF_BLOCK_BYTES * CSVF_BLOCK_BYTES;
+    const size_t tail = length - head - middle;
+    if ((head || tail) && length <= SMALL_WRITE - 2 * CSVF_BLOCK_BYTES) {
+        write_small(access, address, data, length);
+        return;
+    }
+    if (head)
+        write_small(access, address, data, head);
     if (middle)
         csvf__transform(access, csvf__at(access->engine, address + head), data + head, address + head, middle, 0);
-    const size_t tail = length - head - middle;
     if (tail)
-        write_part(access, address + head + middle, data + head + middle, tail);
+        write_small(access, address + head + middle, data + head + middle, tail);
 }
 
 static void read_guest(csvf__access *access, uint8_t *data, uint64_t address, size_t length)

@@ -40,7 +40,8 @@ struct csvf_engine {
 };
 
 /* One guest access under way: its key is pinned, its counts not yet added to the engine's. Bytes count where they really go
- * through SM4: a block read for a part of it counts as 16, an edge block written as 16 decrypted and 16 encrypted. */
+ * through SM4: a block read for a part of it counts as 16, a block written in part as 16 decrypted and 16 encrypted, and the whole
+ * blocks between the edges of a short unaligned write are decrypted with them. */
 typedef struct csvf__access {
     csvf_engine *engine;
     csvf__pin pin;

@@ -17,8 +17,8 @@ typedef struct csvf_sm3_kernel {
 typedef struct csvf_sm3_many_kernel {
     const char *name;      /* "avx512", "avx2", "portable" */
     uint32_t features;
-    size_t lanes;          /* lanes of one call of `compress`; 1 = no vector kernel, callers use single streams */
-    size_t worthwhile;     /* from how many live lanes on a call beats single streams */
+    size_t lanes;          /* lanes of one call of `compress`; 1 = no vector kernel (compress is NULL): callers use single streams */
+    size_t worthwhile;     /* from how many live lanes on a call beats the narrow one (or single streams) */
     /* state[i * lanes + l] is word i of lane l; data[l] points at `blocks` 64-byte blocks of lane l. */
     void (*compress)(uint32_t *state, const uint8_t *const *data, size_t blocks);
     /* the same with fewer lanes for small counts (NULL if none): narrow_lanes < lanes */

@@ -107,7 +107,6 @@ static void LANES_FUNCTION(uint32_t *state, const uint8_t *const *data, size_t b
     VECTOR w[GROUPS][16];
     uint8_t rows[GROUPS * GROUP_LANES][64] __attribute__((aligned(64)));
     const uint32_t *t = csvf__sm3_t;
-    __asm__("" : "+r"(t)); /* makes the constants memory operands: building each from an immediate costs two more operations */
     if (blocks == 0)
         return;
     for (size_t lane = 0; lane < GROUPS * GROUP_LANES; lane++)
@@ -118,6 +117,7 @@ static void LANES_FUNCTION(uint32_t *state, const uint8_t *const *data, size_t b
 #endif
     const size_t last = (blocks - 1) * CSVF__SM3_BLOCK;
     for (size_t offset = 0; offset <= last; offset += CSVF__SM3_BLOCK) {
+        __asm__ volatile("" : "+r"(t)); /* constants stay memory operands: taken through a general register they cost two operations */
         const size_t next = offset < last ? offset + CSVF__SM3_BLOCK : last; /* the last block stages itself once more */
         load_schedule(w[0], rows[0]);
 #if GROUPS == 2

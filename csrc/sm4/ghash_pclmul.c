@@ -1,9 +1,9 @@
 /* GHASH by carry-less multiplication (PCLMULQDQ), eight blocks per reduction. Internal.
  *
- * Blocks are byte-reversed on loading; H is kept multiplied by x, which makes up for the bit order of GHASH, and the reduction folds
- * the lower half twice by 0xc2 << 56 (Gueron, Kounavis: "Intel carry-less multiplication instruction and its usage for
- * computing the GCM mode", 2014, and OpenSSL's ghash-x86_64). Products are by Karatsuba, with the sums of the halves of the powers of H
- * kept in the key. */
+ * Blocks are byte-reversed on loading; H is kept multiplied by x, which makes up for the bit order of GHASH, and the reduction
+ * folds the lower half twice by 0xc2 << 56 (Gueron, Kounavis: "Intel carry-less multiplication instruction and its usage for
+ * computing the GCM mode", 2014, and OpenSSL's ghash-x86_64). Products are by Karatsuba, with the sums of the halves of the
+ * powers of H kept in the key. */
 #if defined(__x86_64__)
 #define CSVF_TARGET_PCLMUL
 #include "../target_begin.h"
@@ -46,7 +46,8 @@ static inline __m128i reduce(__m128i low, __m128i middle, __m128i high)
 
 static inline __m128i multiply(__m128i a, __m128i h, __m128i h_sum)
 {
-    return reduce(_mm_clmulepi64_si128(a, h, 0x00), _mm_clmulepi64_si128(add_halves(a), h_sum, 0x00), _mm_clmulepi64_si128(a, h, 0x11));
+    return reduce(_mm_clmulepi64_si128(a, h, 0x00), _mm_clmulepi64_si128(add_halves(a), h_sum, 0x00),
+                  _mm_clmulepi64_si128(a, h, 0x11));
 }
 
 static void init(csvf_ghash_key *key, const uint8_t h[16])

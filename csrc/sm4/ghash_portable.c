@@ -1,8 +1,8 @@
 /* GHASH in portable C: constant time, carry-less products made of integer products. Internal.
  *
- * Bits of a factor are spread into four numbers with holes of three zeros, so that carries of the integer product die in the holes (the
- * method of BearSSL's ghash_ctmul64.c by Thomas Pornin). Constant time where the CPU's 64-bit multiplication is, as on
- * x86-64 and ARMv8. The upper half of a product is the lower half of the product of reversed factors, reversed. */
+ * Bits of a factor are spread into four numbers with holes of three zeros, so that carries of the integer product die in the
+ * holes (the method of BearSSL's ghash_ctmul64.c by Thomas Pornin). Constant time where the CPU's 64-bit multiplication is, as
+ * on x86-64 and ARMv8. The upper half of a product is the lower half of the product of reversed factors, reversed. */
 #include <string.h>
 
 #include "../include/csvfast.h"
@@ -68,7 +68,8 @@ static void update(const csvf_ghash_key *key, uint8_t y[16], const uint8_t *data
         const uint64_t middle = multiply_low(low ^ high, h[2]) ^ a ^ b;
         const uint64_t middle_top = multiply_low(low_r ^ high_r, h[5]) ^ a_top ^ b_top;
         /* 256-bit product, shifted by one place because GHASH numbers its bits from the other end */
-        uint64_t v0 = a, v1 = reverse_bits(a_top) >> 1 ^ middle, v2 = b ^ reverse_bits(middle_top) >> 1, v3 = reverse_bits(b_top) >> 1;
+        uint64_t v0 = a, v1 = reverse_bits(a_top) >> 1 ^ middle;
+        uint64_t v2 = b ^ reverse_bits(middle_top) >> 1, v3 = reverse_bits(b_top) >> 1;
         v3 = v3 << 1 | v2 >> 63;
         v2 = v2 << 1 | v1 >> 63;
         v1 = v1 << 1 | v0 >> 63;

@@ -1,7 +1,7 @@
 /* SM4 kernel "aesni-avx2": the AVX2 template with AES-NI as S-box, for CPUs without GFNI (today's Hygon parts). The last round of AES with a
  * zero key inverts in the AES field; pshufb over nibble tables applies the output matrices. No VAES: AES works on 128-bit halves. Internal.
  *
- * Needs: AES-NI, AVX2. Constant time: the tables are whole registers of pshufb, never memory indexed by data. */
+ * Needs: AES-NI, AVX2, BMI2 (compilers use it). Constant time: the tables are whole registers of pshufb, never memory indexed by data. */
 #if defined(__x86_64__)
 #define CSVF_TARGET_AESNI_AVX2
 #include "../target_begin.h"
@@ -45,12 +45,6 @@ ALWAYS_INLINE void split_128(__m128i x, __m128i *low, __m128i *high)
     const __m128i mask = _mm_set1_epi8(15);
     *low = _mm_and_si128(x, mask);
     *high = _mm_and_si128(_mm_srli_epi16(x, 4), mask);
-}
-
-/* The AES S-box of every byte: aesenclast with its ShiftRows undone beforehand. */
-ALWAYS_INLINE __m128i aes_sbox_128(__m128i z)
-{
-    return _mm_aesenclast_si128(_mm_shuffle_epi8(z, table(csvf__sm4_unshift_rows)), _mm_setzero_si128());
 }
 
 /* The round key enters as the key of aesenclast, for free. */
@@ -145,11 +139,13 @@ ALWAYS_INLINE void fold_bytes(const fold *f, __m256i x, __m256i *stays, __m256i 
     *goes = _mm256_xor_si256(_mm256_shuffle_epi8(f->goes[0], low), _mm256_shuffle_epi8(f->goes[1], high));
 }
 
-/* The word-sliced path works on xmm: taking a ymm apart for aesenclast would cost more latency than it saves. */
+/* u, w and v = u + w of the linear layer of S(z), for the word-sliced path: on xmm, as taking a ymm apart for aesenclast costs more latency
+ * than the width saves. */
 ALWAYS_INLINE void substitute_words(__m128i z, __m128i *u, __m128i *w, __m128i *v)
 {
     __m128i low, high;
-    split_128(aes_sbox_128(z), &low, &high);
+    z = _mm_shuffle_epi8(z, table(csvf__sm4_unshift_rows));
+    split_128(_mm_aesenclast_si128(z, _mm_setzero_si128()), &low, &high);
     *u = LOOK_UP_128(u_aes, low, high);
     *w = LOOK_UP_128(w_aes, low, high);
     *v = _mm_xor_si128(*u, *w);
@@ -183,7 +179,7 @@ ALWAYS_INLINE void substitute_key(__m128i z, __m128i y[4])
 #include "sm4_avx2_template.h"
 
 const csvf_sm4_kernel csvf__sm4_aesni_avx2 = {
-    "aesni-avx2", CSVF_CPU_AES | CSVF_CPU_AVX2, expand, ecb, ctr, xts, xex, tweaks,
+    "aesni-avx2", CSVF_CPU_AES | CSVF_CPU_AVX2 | CSVF_CPU_BMI2, expand, ecb, ctr, xts, xex, tweaks,
 };
 
 #include "../target_end.h"

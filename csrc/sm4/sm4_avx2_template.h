@@ -14,12 +14,14 @@
  * Everything is static, one copy per kernel file, so no instruction set leaks into another. Scratch that held data or tweaks is wiped
  * once at the end of each call. Thread-safety: PURE. */
 
+/* Before a loop whose count is a constant (n or less) once everything is inlined. */
+#define PRAGMA_TEXT(text) _Pragma(#text)
 #if defined(__clang__)
-#define UNROLL_TEXT(text) _Pragma(#text)
-#define UNROLL(n) UNROLL_TEXT(unroll n)
+#define UNROLL(n) _Pragma("clang loop unroll(full)")
+/* Without optimisation it is not done, which is no reason for a warning. */
+#pragma clang diagnostic ignored "-Wpass-failed"
 #else
-#define UNROLL_TEXT(text) _Pragma(#text)
-#define UNROLL(n) UNROLL_TEXT(GCC unroll n)
+#define UNROLL(n) PRAGMA_TEXT(GCC unroll n)
 #endif
 
 #define XOR(a, b) _mm256_xor_si256(a, b)

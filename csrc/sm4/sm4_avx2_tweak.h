@@ -17,17 +17,17 @@ ALWAYS_INLINE __m256i times_alpha(int standard, __m256i x, __m256i n)
     if (standard == CSVF_STANDARD_IEEE) {
         over = _mm256_srlv_epi64(x, rest);
         out = _mm256_bsrli_epi128(over, 8);
-        moved = _mm256_xor_si256(_mm256_sllv_epi64(x, n), _mm256_shuffle_epi32(over, 0x4e));
-        moved = _mm256_xor_si256(moved, _mm256_slli_epi64(out, 1));
-        out = _mm256_xor_si256(_mm256_slli_epi64(out, 2), _mm256_slli_epi64(out, 7));
+        moved = XOR(_mm256_sllv_epi64(x, n), _mm256_shuffle_epi32(over, 0x4e));
+        moved = XOR(moved, _mm256_slli_epi64(out, 1));
+        out = XOR(_mm256_slli_epi64(out, 2), _mm256_slli_epi64(out, 7));
     } else {
         over = _mm256_sllv_epi64(x, rest);
         out = _mm256_bslli_epi128(over, 8);
-        moved = _mm256_xor_si256(_mm256_srlv_epi64(x, n), _mm256_shuffle_epi32(over, 0x4e));
-        moved = _mm256_xor_si256(moved, _mm256_srli_epi64(out, 1));
-        out = _mm256_xor_si256(_mm256_srli_epi64(out, 2), _mm256_srli_epi64(out, 7));
+        moved = XOR(_mm256_srlv_epi64(x, n), _mm256_shuffle_epi32(over, 0x4e));
+        moved = XOR(moved, _mm256_srli_epi64(out, 1));
+        out = XOR(_mm256_srli_epi64(out, 2), _mm256_srli_epi64(out, 7));
     }
-    return _mm256_xor_si256(moved, out);
+    return XOR(moved, out);
 }
 
 /* ---- Byte-sliced: byte k of 32 tweaks in t[k]; the byte at position j of lane l is that of tweak 2 j + l ---------------------- */
@@ -66,14 +66,14 @@ static void sliced_tweaks(int standard, __m256i t[16], const uint8_t tweak[16])
     __m256i low, high;
     const __m256i none = _mm256_setzero_si256();
     fold_bytes(&f, _mm256_alignr_epi8(before, none, 12), &low, &high);
-    t[0] = _mm256_xor_si256(t[0], low);
-    t[1] = _mm256_xor_si256(t[1], high);
+    t[0] = XOR(t[0], low);
+    t[1] = XOR(t[1], high);
     fold_bytes(&f, _mm256_alignr_epi8(before, none, 8), &low, &high);
-    t[1] = _mm256_xor_si256(t[1], low);
-    t[2] = _mm256_xor_si256(t[2], high);
+    t[1] = XOR(t[1], low);
+    t[2] = XOR(t[2], high);
     fold_bytes(&f, _mm256_alignr_epi8(before, none, 4), &low, &high);
-    t[2] = _mm256_xor_si256(t[2], low);
-    t[3] = _mm256_xor_si256(t[3], high);
+    t[2] = XOR(t[2], low);
+    t[3] = XOR(t[3], high);
 }
 
 /* next = alpha^32 t: four bytes further, the last four folded into the first five. */
@@ -84,10 +84,10 @@ static void sliced_tweaks_next(int standard, __m256i next[16], const __m256i t[1
     UNROLL(4)
     for (int i = 0; i < 4; i++) {
         fold_bytes(&f, _mm256_load_si256(t + 12 + i), &low, &high);
-        _mm256_store_si256(next + i, _mm256_xor_si256(low, over));
+        _mm256_store_si256(next + i, XOR(low, over));
         over = high;
     }
-    _mm256_store_si256(next + 4, _mm256_xor_si256(_mm256_load_si256(t), over));
+    _mm256_store_si256(next + 4, XOR(_mm256_load_si256(t), over));
     UNROLL(16)
     for (int i = 5; i < 16; i++)
         _mm256_store_si256(next + i, _mm256_load_si256(t + i - 4));
@@ -95,7 +95,7 @@ static void sliced_tweaks_next(int standard, __m256i next[16], const __m256i t[1
 
 /* ---- Plain blocks ------------------------------------------------------------------------------------------------------- */
 
-/* (what = number of 128 bits per lane) times x^7 + x^2 + x + 1, the bits beyond 128 dropped; mirrored for GB. */
+/* The 128-bit number x times x^7 + x^2 + x + 1, the bits beyond 128 dropped; mirrored for GB. */
 ALWAYS_INLINE __m128i times_polynomial(int standard, __m128i x)
 {
     if (standard == CSVF_STANDARD_IEEE) {
@@ -164,25 +164,24 @@ ALWAYS_INLINE void tweaks_of(int standard, uint8_t *out, const uint8_t *bases, c
     }
 }
 
-/* Runs and powers that one step of the vector form covers; longer runs in pieces, higher powers by the portable code. */
-enum { TWEAK_PIECE = 48, TWEAK_POWERS = 256 };
+/* What the vector form covers; longer runs (which the bulk path makes itself) and higher powers go to the portable code. */
+enum { TWEAK_COUNT = 48, TWEAK_POWERS = 256 };
 
 static void tweaks(int standard, uint8_t *out, const uint8_t *bases, const uint32_t *powers, size_t count, size_t runs)
 {
-    for (size_t r = 0; r < runs;) {
-        size_t n = 0;
-        while (r + n < runs && (!powers || powers[r + n] < TWEAK_POWERS) && count <= TWEAK_PIECE)
-            n = powers ? n + 1 : runs - r;
+    for (size_t r = 0, n; r < runs; r += n) {
         const uint32_t *from = powers ? powers + r : NULL;
-        if (n == 0) {
-            csvf__sm4_tweaks_portable(standard, out + 16 * r * count, bases + 16 * r, from, count, 1);
-            r++;
+        uint8_t *to = out + 16 * r * count;
+        n = powers || count > TWEAK_COUNT ? 1 : runs;
+        if (count > TWEAK_COUNT || (powers && from[0] >= TWEAK_POWERS)) {
+            csvf__sm4_tweaks_portable(standard, to, bases + 16 * r, from, count, 1);
             continue;
         }
+        while (powers && r + n < runs && from[n] < TWEAK_POWERS)
+            n++;
         if (standard == CSVF_STANDARD_IEEE)
-            tweaks_of(CSVF_STANDARD_IEEE, out + 16 * r * count, bases + 16 * r, from, count, n);
+            tweaks_of(CSVF_STANDARD_IEEE, to, bases + 16 * r, from, count, n);
         else
-            tweaks_of(CSVF_STANDARD_GB, out + 16 * r * count, bases + 16 * r, from, count, n);
-        r += n;
+            tweaks_of(CSVF_STANDARD_GB, to, bases + 16 * r, from, count, n);
     }
 }

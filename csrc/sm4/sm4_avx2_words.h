@@ -58,17 +58,21 @@ ALWAYS_INLINE void transpose_words(word_vector x[4])
     x[3] = WORD(unpackhi_epi64)(b, d);
 }
 
-ALWAYS_INLINE word_vector word_round(word_vector x0, word_vector x1, word_vector x2, word_vector x3, word_vector key)
+/* One round: x0 becomes the new word, z the argument of the next round. The new word itself is not on the path from z to z. */
+ALWAYS_INLINE void word_round(word_vector *z, word_vector *x0, word_vector x2, word_vector x3, word_vector next_key)
 {
     const word_vector by_one = WORD_CONSTANT(3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10, 15, 12, 13, 14);
     const word_vector by_two = WORD_CONSTANT(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     const word_vector by_three = WORD_CONSTANT(1, 2, 3, 0, 5, 6, 7, 4, 9, 10, 11, 8, 13, 14, 15, 12);
-    word_vector early = WORD_XOR(WORD_XOR(x1, key), x2), u, w, v;
-    /* x3 is the word of the round before: keep compilers from moving it deeper into the sum. */
+    word_vector early = WORD_XOR(WORD_XOR(x2, next_key), WORD_XOR(x3, *x0)), u, w, v;
+    /* The two barriers keep compilers from regrouping the sums. */
     __asm__("" : "+x"(early));
-    substitute_words(WORD_XOR(early, x3), &u, &w, &v);
-    word_vector sum = WORD_XOR(WORD_XOR(x0, u), WORD(shuffle_epi8)(w, by_one));
-    return WORD_XOR(sum, WORD_XOR(WORD(shuffle_epi8)(v, by_two), WORD(shuffle_epi8)(v, by_three)));
+    substitute_words(*z, &u, &w, &v);
+    u = WORD_XOR(u, WORD(shuffle_epi8)(w, by_one));
+    v = WORD_XOR(WORD(shuffle_epi8)(v, by_two), WORD(shuffle_epi8)(v, by_three));
+    __asm__("" : "+x"(v));
+    *z = WORD_XOR(WORD_XOR(early, u), v);
+    *x0 = WORD_XOR(WORD_XOR(*x0, u), v);
 }
 
 /* out = E(in + before) + after for count <= vectors * WORD_VECTOR_BLOCKS blocks; before and after may be NULL (zero). `vectors` is a
@@ -92,19 +96,24 @@ ALWAYS_INLINE void words_of(const csvf_sm4_schedule *schedule, uint8_t *out, con
             x[v][i] = words_into_basis(x[v][i]);
     }
     const uint32_t *key = schedule->words + WORD_KEYS;
+    word_vector z[4];
+    UNROLL(4)
+    for (size_t v = 0; v < vectors; v++)
+        z[v] = WORD_XOR(WORD_XOR(x[v][1], x[v][2]), WORD_XOR(x[v][3], WORD(set1_epi32)((int)key[0])));
+    /* The last round makes an argument that nobody uses, of the word after the last key. */
     for (size_t i = 0; i < 32; i += 4, key += 4) {
         UNROLL(4)
         for (size_t v = 0; v < vectors; v++)
-            x[v][0] = word_round(x[v][0], x[v][1], x[v][2], x[v][3], WORD(set1_epi32)((int)key[0]));
+            word_round(&z[v], &x[v][0], x[v][2], x[v][3], WORD(set1_epi32)((int)key[1]));
         UNROLL(4)
         for (size_t v = 0; v < vectors; v++)
-            x[v][1] = word_round(x[v][1], x[v][2], x[v][3], x[v][0], WORD(set1_epi32)((int)key[1]));
+            word_round(&z[v], &x[v][1], x[v][3], x[v][0], WORD(set1_epi32)((int)key[2]));
         UNROLL(4)
         for (size_t v = 0; v < vectors; v++)
-            x[v][2] = word_round(x[v][2], x[v][3], x[v][0], x[v][1], WORD(set1_epi32)((int)key[2]));
+            word_round(&z[v], &x[v][2], x[v][0], x[v][1], WORD(set1_epi32)((int)key[3]));
         UNROLL(4)
         for (size_t v = 0; v < vectors; v++)
-            x[v][3] = word_round(x[v][3], x[v][0], x[v][1], x[v][2], WORD(set1_epi32)((int)key[3]));
+            word_round(&z[v], &x[v][3], x[v][1], x[v][2], WORD(set1_epi32)((int)key[4]));
     }
     UNROLL(4)
     for (size_t v = 0; v < vectors; v++) {

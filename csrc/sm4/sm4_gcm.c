@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "../cpu.h"
+#include "../declassify.h"
 #include "../include/csvfast.h"
 #include "ghash_kernel.h"
 #include "sm4_buffers.h"
@@ -9,6 +10,8 @@
 
 enum {
     BLOCK = 16,
+    COUNTED_NONCE = 12,   /* bytes of a nonce that is followed by a plain block counter */
+    STREAM_BLOCKS = 128,  /* of keystream made here for counters that come out of a hash */
     CHUNK_BLOCKS = 1024   /* encrypted and hashed together, so that the second finds the bytes in L1 */
 };
 
@@ -95,8 +98,8 @@ static void hash_lengths(const gcm_state *s, uint8_t y[BLOCK], uint64_t first_by
 static void first_counter(const gcm_state *s, uint8_t counter[BLOCK], const uint8_t *nonce, size_t nonce_length)
 {
     memset(counter, 0, BLOCK);
-    if (nonce_length == 12) {
-        memcpy(counter, nonce, 12);
+    if (nonce_length == COUNTED_NONCE) {
+        memcpy(counter, nonce, COUNTED_NONCE);
         counter[15] = 1;
         return;
     }
@@ -104,40 +107,56 @@ static void first_counter(const gcm_state *s, uint8_t counter[BLOCK], const uint
     hash_lengths(s, counter, 0, nonce_length);
 }
 
-/* out = in xor keystream from `counter` on, which moves. Only the last 32 bits count; kernels count in 128, so a run stops where
- * those wrap (possible with nonces other than 12 bytes). */
-static void crypt(const gcm_state *s, uint8_t *out, const uint8_t *in, size_t length, uint8_t counter[BLOCK])
+static void next_counter(uint8_t counter[BLOCK]) { put_be32(counter + 12, get_be32(counter + 12) + 1); }
+
+/* out = in xor keystream from `counter` on, which moves. Only its last 32 bits count, and kernels count in 128. After a nonce
+ * of 12 bytes they never reach their end within the length limit. Any other nonce gives a counter that comes out of GHASH: it
+ * may wrap, and it must be treated as secret, so its blocks are made here, without a branch on it. */
+static void crypt_blocks(const gcm_state *s, uint8_t *out, const uint8_t *in, size_t blocks, uint8_t counter[BLOCK], int hashed)
 {
-    size_t blocks = length / BLOCK;
-    const size_t rest = length % BLOCK;
+    if (!hashed) {
+        s->kernel->ctr(&s->schedule, out, in, blocks, counter);
+        return;
+    }
+    uint8_t stream[BLOCK * STREAM_BLOCKS];
     while (blocks) {
-        const uint64_t room = (UINT64_C(1) << 32) - get_be32(counter + 12);
-        const size_t count = blocks < room ? blocks : (size_t)room;
-        uint8_t upper[12];
-        memcpy(upper, counter, sizeof upper);
-        s->kernel->ctr(&s->schedule, out, in, count, counter);
-        memcpy(counter, upper, sizeof upper);
+        const size_t count = blocks < STREAM_BLOCKS ? blocks : STREAM_BLOCKS;
+        for (size_t i = 0; i < count; i++) {
+            memcpy(stream + BLOCK * i, counter, BLOCK);
+            next_counter(counter);
+        }
+        s->kernel->ecb(&s->schedule, stream, stream, count);
+        for (size_t i = 0; i < BLOCK * count; i++)
+            out[i] = in[i] ^ stream[i];
         out += BLOCK * count;
         in += BLOCK * count;
         blocks -= count;
     }
+    csvf_wipe(stream, sizeof stream);
+}
+
+static void crypt(const gcm_state *s, uint8_t *out, const uint8_t *in, size_t length, uint8_t counter[BLOCK], int hashed)
+{
+    const size_t blocks = length / BLOCK, rest = length % BLOCK;
+    if (blocks)
+        crypt_blocks(s, out, in, blocks, counter, hashed);
     if (rest) {
         uint8_t last[BLOCK] = { 0 };
-        memcpy(last, in, rest);
-        s->kernel->ctr(&s->schedule, last, last, 1, counter);
-        memcpy(out, last, rest);
+        memcpy(last, in + BLOCK * blocks, rest);
+        crypt_blocks(s, last, last, 1, counter, hashed);
+        memcpy(out + BLOCK * blocks, last, rest);
         csvf_wipe(last, sizeof last);
     }
 }
 
-static void next_counter(uint8_t counter[BLOCK]) { put_be32(counter + 12, get_be32(counter + 12) + 1); }
-
 /* tag = E(J_0) xor the finished hash. */
 static void finish_tag(const gcm_state *s, uint8_t tag[BLOCK], const uint8_t y[BLOCK], const uint8_t first[BLOCK])
 {
-    uint8_t counter[BLOCK];
-    memcpy(counter, first, BLOCK);
-    s->kernel->ctr(&s->schedule, tag, y, 1, counter);
+    uint8_t pad[BLOCK];
+    s->kernel->ecb(&s->schedule, pad, first, 1);
+    for (int i = 0; i < BLOCK; i++)
+        tag[i] = y[i] ^ pad[i];
+    csvf_wipe(pad, sizeof pad);
 }
 
 static int check(const csvf_sm4_gcm *gcm, const uint8_t *out, const uint8_t *tag, size_t tag_length, const uint8_t *nonce,
@@ -174,7 +193,7 @@ int csvf_sm4_gcm_encrypt(const csvf_sm4_gcm *gcm, uint8_t *out, uint8_t *tag, si
     hash_padded(s, y, aad, aad_length);
     for (size_t left = length; left;) {
         const size_t bytes = left < BLOCK * CHUNK_BLOCKS ? left : BLOCK * CHUNK_BLOCKS;
-        crypt(s, out, in, bytes, counter);
+        crypt(s, out, in, bytes, counter, nonce_length != COUNTED_NONCE);
         hash_padded(s, y, out, bytes);
         out += bytes;
         in += bytes;
@@ -184,6 +203,8 @@ int csvf_sm4_gcm_encrypt(const csvf_sm4_gcm *gcm, uint8_t *out, uint8_t *tag, si
     finish_tag(s, y, y, first);
     memcpy(tag, y, tag_length);
     csvf_wipe(y, sizeof y);
+    csvf_wipe(first, sizeof first);
+    csvf_wipe(counter, sizeof counter);
     return CSVF_OK;
 }
 
@@ -201,12 +222,13 @@ int csvf_sm4_gcm_decrypt(const csvf_sm4_gcm *gcm, uint8_t *out, const uint8_t *t
     hash_lengths(s, y, aad_length, length);
     finish_tag(s, y, y, first);
     const int genuine = csvf_equal(y, tag, tag_length);
+    csvf__declassify(&genuine, sizeof genuine);
     csvf_wipe(y, sizeof y);
-    if (!genuine) {
+    if (genuine) {
+        next_counter(first);
+        crypt(s, out, in, length, first, nonce_length != COUNTED_NONCE);
+    } else
         csvf_wipe(out, length);
-        return CSVF_ERR_AUTHENTICATION;
-    }
-    next_counter(first);
-    crypt(s, out, in, length, first);
-    return CSVF_OK;
+    csvf_wipe(first, sizeof first);
+    return genuine ? CSVF_OK : CSVF_ERR_AUTHENTICATION;
 }

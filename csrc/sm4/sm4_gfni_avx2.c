@@ -1,7 +1,7 @@
 /* SM4 kernel "gfni-avx2": the AVX2 template with GFNI as S-box. gf2p8affineinvqb inverts in the AES field and applies the S-box's
  * output matrix and the linear layer's share in one instruction, so a byte costs two of them per round. Internal.
  *
- * Needs: AVX2, GFNI (VEX form). Constant time: no instruction here depends on data for its address or for a branch. */
+ * Needs: AVX2, BMI2 (compilers use it), GFNI (VEX form). Constant time: no instruction here depends on data for its address or for a branch. */
 #if defined(__x86_64__)
 #define CSVF_TARGET_GFNI_AVX2
 #include "../target_begin.h"
@@ -84,10 +84,11 @@ ALWAYS_INLINE void fold_bytes(const fold *f, __m256i x, __m256i *low, __m256i *h
 #define words_into_basis into_basis
 #define words_out_of_basis out_of_basis
 
+/* u, w and v = u + w of the linear layer of S(z). */
 ALWAYS_INLINE void substitute_words(__m256i z, __m256i *u, __m256i *w, __m256i *v)
 {
-    *w = _mm256_gf2p8affineinv_epi64_epi8(z, MATRIX(CSVF_SM4_W), 0);
     *v = _mm256_gf2p8affineinv_epi64_epi8(z, MATRIX(CSVF_SM4_V), 0);
+    *w = _mm256_gf2p8affineinv_epi64_epi8(z, MATRIX(CSVF_SM4_W), 0);
     *u = _mm256_gf2p8affineinv_epi64_epi8(z, MATRIX(CSVF_SM4_U), 0);
 }
 
@@ -103,7 +104,7 @@ ALWAYS_INLINE void substitute_key(__m128i z, __m128i y[4])
 #include "sm4_avx2_template.h"
 
 const csvf_sm4_kernel csvf__sm4_gfni_avx2 = {
-    "gfni-avx2", CSVF_CPU_AVX2 | CSVF_CPU_GFNI, expand, ecb, ctr, xts, xex, tweaks,
+    "gfni-avx2", CSVF_CPU_AVX2 | CSVF_CPU_BMI2 | CSVF_CPU_GFNI, expand, ecb, ctr, xts, xex, tweaks,
 };
 
 #include "../target_end.h"

@@ -58,6 +58,7 @@ INLINE __mmask16 row_mask(size_t blocks, size_t i)
 #include "sm4_gfni_avx512_tweaks.h"
 #include "sm4_gfni_avx512_sliced.h"
 #include "sm4_gfni_avx512_words.h"
+#include "sm4_gfni_avx512_page.h"
 
 /* Loading and storing with the choices that matter fixed at compile time; groups that are not full share one slower copy. */
 NOINLINE void load_plain(const csvf_sm4_schedule *schedule, group *g, const uint8_t *in)
@@ -71,6 +72,18 @@ NOINLINE void load_unsliced(const csvf_sm4_schedule *schedule, group *g, const u
 NOINLINE void load_sliced(const csvf_sm4_schedule *schedule, group *g, const uint8_t *in)
 {
     load_group(schedule, g->state, in, GROUP_BLOCKS, g->tweak, NULL);
+}
+/* A full group whose tweaks follow those of `before`: makes them on the way (one pass: the tweak arithmetic fills what the shuffles leave). */
+NOINLINE void load_next(const csvf_sm4_schedule *schedule, const tweak_matrices *m, group *g, const V before[16], const uint8_t *in)
+{
+    const V p = MATRIX(CSVF_SM4_P);
+    V a[16];
+    load_bytes(a, in, GROUP_BLOCKS, NULL);
+    UNROLL for (int k = 0; k < 16; k++) {
+        const V t = next_tweak(m, before, k), x = AFFINE(XOR(a[k], t), p);
+        g->tweak[k] = t;
+        g->state[k] = k < 12 ? x : XOR(x, BROADCAST(schedule->words[KEY_IN + k - 12]));
+    }
 }
 NOINLINE void load_part(const csvf_sm4_schedule *schedule, group *g, const uint8_t *in, size_t blocks, const V *sliced,
                         const uint8_t *tweaks)
@@ -104,17 +117,18 @@ INLINE void store_xts(const csvf_sm4_schedule *schedule, uint8_t *out, const gro
 }
 
 /* The tweaks of these groups are given by the caller or unused. */
-INLINE void wipe_states(group g[2])
+INLINE void wipe_states(group g[2], int both)
 {
     csvf_wipe(g[0].state, sizeof g[0].state);
-    csvf_wipe(g[1].state, sizeof g[1].state);
+    if (both)
+        csvf_wipe(g[1].state, sizeof g[1].state);
 }
 
 /* out = E(in xor tweaks) xor tweaks with a 16-byte tweak for every block, or none (NULL). */
 INLINE void xex_blocks(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_t *in, const uint8_t *tweaks, size_t blocks)
 {
     group g[2];
-    int sliced = blocks > WORDS_BLOCKS;
+    const int sliced = blocks > WORDS_BLOCKS, pairs = blocks > GROUP_BLOCKS + WORDS_BLOCKS;
     for (; blocks >= 2 * GROUP_BLOCKS; blocks -= 2 * GROUP_BLOCKS) {
         if (tweaks) {
             load_unsliced(schedule, &g[0], in, tweaks);
@@ -143,9 +157,15 @@ INLINE void xex_blocks(const csvf_sm4_schedule *schedule, uint8_t *out, const ui
         blocks = 0;
     } else if (blocks > WORDS_BLOCKS) {
         const size_t now = blocks < GROUP_BLOCKS ? blocks : GROUP_BLOCKS;
-        load_part(schedule, &g[0], in, now, NULL, tweaks);
-        rounds_of_one(schedule, g[0].state);
-        store_part(schedule, out, &g[0], now, NULL, tweaks);
+        if (now == GROUP_BLOCKS && !tweaks) {
+            load_plain(schedule, &g[0], in);
+            rounds_of_one(schedule, g[0].state);
+            store_plain(schedule, out, &g[0]);
+        } else {
+            load_part(schedule, &g[0], in, now, NULL, tweaks);
+            rounds_of_one(schedule, g[0].state);
+            store_part(schedule, out, &g[0], now, NULL, tweaks);
+        }
         in += 16 * now, out += 16 * now, blocks -= now;
         if (tweaks)
             tweaks += 16 * now;
@@ -153,7 +173,7 @@ INLINE void xex_blocks(const csvf_sm4_schedule *schedule, uint8_t *out, const ui
     if (blocks)
         words_blocks(schedule, out, in, blocks, tweaks, tweaks);
     if (sliced)
-        wipe_states(g);
+        wipe_states(g, pairs);
 }
 
 static void ecb(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_t *in, size_t blocks)
@@ -214,7 +234,7 @@ static void ctr(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_t *
     group g[2];
     counter c = counter_load(counter_bytes);
     counter_store(counter_bytes, counter_add(c, blocks));
-    int sliced = blocks > WORDS_BLOCKS;
+    const int sliced = blocks > WORDS_BLOCKS, pairs = blocks > GROUP_BLOCKS + WORDS_BLOCKS;
     for (; blocks >= 2 * GROUP_BLOCKS; blocks -= 2 * GROUP_BLOCKS) {
         load_counters(schedule, &g[0], c);
         load_counters(schedule, &g[1], counter_add(c, GROUP_BLOCKS));
@@ -234,12 +254,26 @@ static void ctr(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_t *
     }
     if (blocks) {
         uint8_t counters[16 * WORDS_BLOCKS];
-        for (size_t i = 0; i < blocks; i++, c = counter_add(c, 1))
+        for (size_t i = 0; i < blocks && i < WORDS_BLOCKS; i++, c = counter_add(c, 1))
             counter_store(counters + 16 * i, c);
         words_blocks(schedule, out, counters, blocks, NULL, in);
     }
     if (sliced)
-        wipe_states(g);
+        wipe_states(g, pairs);
+}
+
+/* Runs of whole pages. */
+static void xts_pages(const csvf_sm4_schedule *schedule, int standard, uint8_t *out, const uint8_t *in, const uint8_t *tweaks,
+                      size_t run_pages, size_t runs)
+{
+    const tweak_matrices m = matrices_of(standard);
+    page p;
+    for (size_t r = 0; r < runs; r++)
+        for (size_t i = 0; i < run_pages; i++) {
+            xts_page(schedule, &m, &p, out, in, i ? NULL : tweaks + 16 * r);
+            in += 16 * PAGE_BLOCKS, out += 16 * PAGE_BLOCKS;
+        }
+    csvf_wipe(&p, sizeof p);
 }
 
 /* Runs of at least 64 blocks: a group never spans two runs, pairs may. */
@@ -254,14 +288,19 @@ static void xts_long_runs(const csvf_sm4_schedule *schedule, int standard, uint8
     for (size_t r = 0; r < runs; r++) {
         for (size_t left = run_blocks; left;) {
             const size_t now = left < GROUP_BLOCKS ? left : GROUP_BLOCKS;
-            if (left == run_blocks)
-                first_tweaks(&m, g[slot].tweak, tweaks + 16 * r);
-            else
-                next_tweaks(&m, g[slot].tweak, g[slot ^ 1].tweak);
-            if (now == GROUP_BLOCKS)
-                load_sliced(schedule, &g[slot], in);
-            else
-                load_part(schedule, &g[slot], in, now, g[slot].tweak, NULL);
+            const V *before = g[slot ^ 1].tweak;
+            if (left != run_blocks && now == GROUP_BLOCKS) {
+                load_next(schedule, &m, &g[slot], before, in);
+            } else {
+                if (left == run_blocks)
+                    first_tweaks(&m, g[slot].tweak, tweaks + 16 * r);
+                else
+                    UNROLL for (int k = 0; k < 16; k++) g[slot].tweak[k] = next_tweak(&m, before, k);
+                if (now == GROUP_BLOCKS)
+                    load_sliced(schedule, &g[slot], in);
+                else
+                    load_part(schedule, &g[slot], in, now, g[slot].tweak, NULL);
+            }
             if (slot == 0) {
                 first_out = out, first_blocks = now;
             } else {
@@ -283,6 +322,10 @@ static void xts_long_runs(const csvf_sm4_schedule *schedule, int standard, uint8
 static void xts(const csvf_sm4_schedule *schedule, int standard, uint8_t *out, const uint8_t *in, const uint8_t *tweaks,
                 size_t run_blocks, size_t runs)
 {
+    if (run_blocks && run_blocks % PAGE_BLOCKS == 0) {
+        xts_pages(schedule, standard, out, in, tweaks, run_blocks / PAGE_BLOCKS, runs);
+        return;
+    }
     if (run_blocks >= GROUP_BLOCKS) {
         xts_long_runs(schedule, standard, out, in, tweaks, run_blocks, runs);
         return;

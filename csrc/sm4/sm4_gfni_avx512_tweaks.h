@@ -62,20 +62,19 @@ static void tweaks_of_runs(int standard, uint8_t *out, const uint8_t *bases, con
     const V lanes = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
     const tweak_shift first[2] = {shift_by(&m, lanes), shift_by(&m, _mm512_add_epi64(lanes, _mm512_set1_epi64(4)))};
     const tweak_shift four = shift_by(&m, _mm512_set1_epi64(4));
+    static const uint32_t no_powers[4] = {0};
     if (count == 0)
         return;
     for (size_t r = 0; r < runs; r += 4, bases += 64) {
         const size_t present = runs - r < 4 ? runs - r : 4;
-        uint32_t power[4] = {0};
+        const uint32_t *const power = powers ? powers + r : no_powers;
         uint8_t far_bases[64];
         const uint8_t *source = bases;
         uint32_t odd = 0, above = 0;
-        if (powers)
-            for (size_t i = 0; i < present; i++) {
-                power[i] = powers[r + i];
-                odd |= power[i] & 3;
-                above |= power[i];
-            }
+        for (size_t i = 0; i < present; i++) {
+            odd |= power[i] & 3;
+            above |= power[i];
+        }
         if (above >> 8) {
             /* Deep inside a large unit: rare, so the whole multiples of alpha^256 go the slow way. */
             for (size_t i = 0; i < present; i++) {
@@ -85,7 +84,7 @@ static void tweaks_of_runs(int standard, uint8_t *out, const uint8_t *bases, con
             source = far_bases;
         }
         V t = _mm512_maskz_loadu_epi32(row_mask(present, 0), source);
-        const __m256i p = _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i *)power));
+        const __m256i p = _mm256_cvtepu32_epi64(_mm_maskz_loadu_epi32((__mmask8)((1u << present) - 1), power));
         const V p_of_lane = _mm512_permutexvar_epi64(lanes, _mm512_castsi256_si512(p));
         if (odd) {
             const tweak_shift s = shift_by(&m, _mm512_and_si512(p_of_lane, _mm512_set1_epi64(3)));

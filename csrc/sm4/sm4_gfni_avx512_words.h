@@ -9,36 +9,43 @@
 #define WORDS_BLOCKS 16u
 
 /* x0 becomes the new word; z, the sum of the other three, becomes the next round's. */
-#define WORDS_ROUND(x0, x2, x3, key)                                                                                            \
+#define WORDS_ROUND(xor, xor3, invert, rotate, broadcast, x0, x2, x3, key)                                                      \
     do {                                                                                                                        \
-        V u_ = INVERT(z, u), w_ = INVERT(z, w), v_ = INVERT(z, v);                                                              \
-        V a_ = XOR(x0, BROADCAST(key));                                                                                         \
-        V b_ = XOR3(_mm512_rol_epi32(w_, 8), _mm512_rol_epi32(v_, 16), _mm512_rol_epi32(v_, 24));                               \
-        z = XOR(XOR3(a_, u_, XOR(x2, x3)), b_);                                                                                 \
-        x0 = XOR3(a_, u_, b_);                                                                                                  \
+        const __auto_type v_ = invert(z, v, 0);                                                                                 \
+        const __auto_type w_ = invert(z, w, 0);                                                                                 \
+        const __auto_type u_ = invert(z, u, 0);                                                                                 \
+        const __auto_type a_ = xor(x0, broadcast((int)(key)));                                                                  \
+        const __auto_type b_ = xor3(rotate(v_, 16), rotate(v_, 24), rotate(w_, 8), 0x96);                                       \
+        z = xor(xor3(a_, u_, xor(x2, x3), 0x96), b_);                                                                           \
+        x0 = xor3(a_, u_, b_, 0x96);                                                                                            \
     } while (0)
 
-/* E of up to 16 blocks in word-sliced form: x in, x out (words in output order). */
-INLINE void words_crypt(const csvf_sm4_schedule *schedule, V x[4])
-{
-    const V u = MATRIX(CSVF_SM4_U), w = MATRIX(CSVF_SM4_W), v = MATRIX(CSVF_SM4_V);
-    const V p = MATRIX(CSVF_SM4_P), p_inverse = MATRIX(CSVF_SM4_P_INVERSE);
-    const uint32_t *key = schedule->words + KEY_WORDS;
-    V x0 = AFFINE(x[0], p), x1 = AFFINE(x[1], p), x2 = AFFINE(x[2], p);
-    V x3 = XOR(AFFINE(x[3], p), BROADCAST(schedule->words[KEY_WORDS_IN]));
-    V z = XOR3(x1, x2, x3);
-    for (const uint32_t *end = key + 32; key < end; key += 4) {
-        WORDS_ROUND(x0, x2, x3, key[0]);
-        WORDS_ROUND(x1, x3, x0, key[1]);
-        WORDS_ROUND(x2, x0, x1, key[2]);
-        WORDS_ROUND(x3, x1, x2, key[3]);
+/* E of the blocks of one vector type in word-sliced form: x in, x out (words in output order). */
+#define DEFINE_WORDS_CRYPT(name, type, xor, xor3, invert, affine, rotate, broadcast, broadcast_matrix)                          \
+    INLINE void name(const csvf_sm4_schedule *schedule, type x[4])                                                              \
+    {                                                                                                                           \
+        const type u = broadcast_matrix((long long)CSVF_SM4_U), w = broadcast_matrix((long long)CSVF_SM4_W);                    \
+        const type v = broadcast_matrix((long long)CSVF_SM4_V), p = broadcast_matrix((long long)CSVF_SM4_P);                    \
+        const type p_inverse = broadcast_matrix((long long)CSVF_SM4_P_INVERSE);                                                 \
+        const uint32_t *key = schedule->words + KEY_WORDS, *out = schedule->words + KEY_WORDS_OUT;                              \
+        type x0 = affine(x[0], p, 0), x1 = affine(x[1], p, 0), x2 = affine(x[2], p, 0);                                         \
+        type x3 = xor(affine(x[3], p, 0), broadcast((int)schedule->words[KEY_WORDS_IN]));                                       \
+        type z = xor3(x1, x2, x3, 0x96);                                                                                        \
+        for (const uint32_t *end = key + 32; key < end; key += 4) {                                                             \
+            WORDS_ROUND(xor, xor3, invert, rotate, broadcast, x0, x2, x3, key[0]);                                              \
+            WORDS_ROUND(xor, xor3, invert, rotate, broadcast, x1, x3, x0, key[1]);                                              \
+            WORDS_ROUND(xor, xor3, invert, rotate, broadcast, x2, x0, x1, key[2]);                                              \
+            WORDS_ROUND(xor, xor3, invert, rotate, broadcast, x3, x1, x2, key[3]);                                              \
+        }                                                                                                                       \
+        x[0] = xor(affine(x3, p_inverse, 0), broadcast((int)out[0]));                                                           \
+        x[1] = xor(affine(x2, p_inverse, 0), broadcast((int)out[1]));                                                           \
+        x[2] = xor(affine(x1, p_inverse, 0), broadcast((int)out[2]));                                                           \
+        x[3] = xor(affine(x0, p_inverse, 0), broadcast((int)out[3]));                                                           \
     }
-    const uint32_t *out = schedule->words + KEY_WORDS_OUT;
-    x[0] = XOR(AFFINE(x3, p_inverse), BROADCAST(out[0]));
-    x[1] = XOR(AFFINE(x2, p_inverse), BROADCAST(out[1]));
-    x[2] = XOR(AFFINE(x1, p_inverse), BROADCAST(out[2]));
-    x[3] = XOR(AFFINE(x0, p_inverse), BROADCAST(out[3]));
-}
+DEFINE_WORDS_CRYPT(words_crypt, V, _mm512_xor_si512, _mm512_ternarylogic_epi32, _mm512_gf2p8affineinv_epi64_epi8,
+                   _mm512_gf2p8affine_epi64_epi8, _mm512_rol_epi32, _mm512_set1_epi32, _mm512_set1_epi64)
+DEFINE_WORDS_CRYPT(words_crypt_few, __m128i, _mm_xor_si128, _mm_ternarylogic_epi32, _mm_gf2p8affineinv_epi64_epi8,
+                   _mm_gf2p8affine_epi64_epi8, _mm_rol_epi32, _mm_set1_epi32, _mm_set1_epi64x)
 
 /* 4 x 4 dwords in every 128-bit lane; its own inverse. */
 INLINE void words_transpose(V a[4])
@@ -51,25 +58,48 @@ INLINE void words_transpose(V a[4])
     a[3] = _mm512_unpackhi_epi32(t1, t3);
 }
 
+/* 4 x 4 dwords in a 128-bit register; its own inverse. */
+INLINE void words_transpose_few(__m128i a[4])
+{
+    __m128i t0 = _mm_unpacklo_epi32(a[0], a[2]), t1 = _mm_unpackhi_epi32(a[0], a[2]);
+    __m128i t2 = _mm_unpacklo_epi32(a[1], a[3]), t3 = _mm_unpackhi_epi32(a[1], a[3]);
+    a[0] = _mm_unpacklo_epi32(t0, t2);
+    a[1] = _mm_unpackhi_epi32(t0, t2);
+    a[2] = _mm_unpacklo_epi32(t1, t3);
+    a[3] = _mm_unpackhi_epi32(t1, t3);
+}
+
+/* out = E(in xor before) xor after for 1 to 4 blocks in 128-bit registers: where 512-bit instructions run in two halves, the narrow
+ * chain is a third shorter. */
+INLINE void words_blocks_few(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_t *in, size_t blocks,
+                             const uint8_t *before, const uint8_t *after)
+{
+    __m128i x[4];
+    UNROLL for (size_t i = 0; i < 4; i++) {
+        const __mmask8 mask = i < blocks ? 0xf : 0;
+        x[i] = _mm_maskz_loadu_epi32(mask, in + 16 * i);
+        if (before)
+            x[i] = _mm_xor_si128(x[i], _mm_maskz_loadu_epi32(mask, before + 16 * i));
+    }
+    words_transpose_few(x);
+    words_crypt_few(schedule, x);
+    words_transpose_few(x);
+    UNROLL for (size_t i = 0; i < 4; i++) {
+        if (i >= blocks)
+            break;
+        if (after)
+            x[i] = _mm_xor_si128(x[i], _mm_loadu_si128((const __m128i *)(after + 16 * i)));
+        _mm_storeu_si128((__m128i *)(out + 16 * i), x[i]);
+    }
+}
+
 /* out = E(in xor before) xor after for 1 to 16 blocks; before and after may be NULL. */
 INLINE void words_blocks(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_t *in, size_t blocks,
                          const uint8_t *before, const uint8_t *after)
 {
     V x[4];
     if (blocks <= 4) {
-        const __mmask16 mask = row_mask(blocks, 0);
-        V a = _mm512_maskz_loadu_epi32(mask, in);
-        if (before)
-            a = XOR(a, _mm512_maskz_loadu_epi32(mask, before));
-        x[0] = a;
-        x[1] = _mm512_shuffle_epi32(a, 0x55);
-        x[2] = _mm512_shuffle_epi32(a, 0xaa);
-        x[3] = _mm512_shuffle_epi32(a, 0xff);
-        words_crypt(schedule, x);
-        a = _mm512_unpacklo_epi64(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpacklo_epi32(x[2], x[3]));
-        if (after)
-            a = XOR(a, _mm512_maskz_loadu_epi32(mask, after));
-        _mm512_mask_storeu_epi32(out, mask, a);
+        words_blocks_few(schedule, out, in, blocks, before, after);
         return;
     }
     UNROLL for (size_t i = 0; i < 4; i++) {

@@ -1,10 +1,11 @@
 /* SM4 in portable C: constant time, bitsliced, 32 blocks at a time in 128-bit vectors of the compiler. Internal.
  *
- * A word of the state (one of SM4's four) is eight planes, one per bit of a byte. A plane is a vector of four 32-bit lanes, one
- * per byte of the word (lane 0 = most significant), and bit 8 q + n of a lane belongs to block 8 q + n of the group. So one pass of the
- * S-box circuit serves all four bytes of 32 blocks; a rotation by 8 turns the lanes, and a rotation by 2 renames the planes. That
- * needs four times fewer blocks than one plane per bit of the word for the same work per byte, keeps the state (32
- * vectors) and the circuit's values close to the register file of SSE2 and NEON, and makes a single block cheap.
+ * A word of the state (one of SM4's four) is eight planes, one per bit of a byte. A plane is a vector of four 32-bit lanes,
+ * one per byte of the word (lane 0 = most significant), and bit 8 q + n of a lane belongs to block 8 q + n of the group. So
+ * one pass of the S-box circuit serves all four bytes of 32 blocks; a rotation by 8 turns the lanes, and a rotation by 2
+ * renames the planes. That needs four times fewer blocks than one plane per bit of the word for about the same work per byte,
+ * keeps the state (32 vectors) and the circuit's values close to the register file of SSE2 and NEON, and makes a single block
+ * four times cheaper.
  *
  * SM4: GB/T 32907-2016. The S-box circuit: sm4_portable_sbox.h. */
 #include <string.h>
@@ -26,14 +27,17 @@ enum { GROUP = 32, GROUP_BYTES = 16 * GROUP, ROUNDS = 32 };
 typedef struct masks { planes4 round[ROUNDS][8]; } masks;
 
 /* Lanes turned so that lane i holds what was in lane i + n: a rotation of the word to the left by 8 n bits. */
+#define TURNED(n) (n), ((n) + 1) & 3, ((n) + 2) & 3, ((n) + 3) & 3
+#define LOW_BYTES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_BYTES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #if defined(__clang__) || __GNUC__ >= 12
-#  define TURN(x, n) __builtin_shufflevector(x, x, (n), ((n) + 1) & 3, ((n) + 2) & 3, ((n) + 3) & 3)
-#  define UNPACK_LOW(a, b) (pair64) __builtin_shufflevector((bytes16)(a), (bytes16)(b), 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#  define UNPACK_HIGH(a, b) (pair64) __builtin_shufflevector((bytes16)(a), (bytes16)(b), 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#  define TURN(x, n) __builtin_shufflevector(x, x, TURNED(n))
+#  define UNPACK_LOW(a, b) (pair64) __builtin_shufflevector((bytes16)(a), (bytes16)(b), LOW_BYTES)
+#  define UNPACK_HIGH(a, b) (pair64) __builtin_shufflevector((bytes16)(a), (bytes16)(b), HIGH_BYTES)
 #else
-#  define TURN(x, n) __builtin_shuffle(x, (planes4){ (n), ((n) + 1) & 3, ((n) + 2) & 3, ((n) + 3) & 3 })
-#  define UNPACK_LOW(a, b) (pair64) __builtin_shuffle((bytes16)(a), (bytes16)(b), (bytes16){ 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23 })
-#  define UNPACK_HIGH(a, b) (pair64) __builtin_shuffle((bytes16)(a), (bytes16)(b), (bytes16){ 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31 })
+#  define TURN(x, n) __builtin_shuffle(x, (planes4){ TURNED(n) })
+#  define UNPACK_LOW(a, b) (pair64) __builtin_shuffle((bytes16)(a), (bytes16)(b), (bytes16){ LOW_BYTES })
+#  define UNPACK_HIGH(a, b) (pair64) __builtin_shuffle((bytes16)(a), (bytes16)(b), (bytes16){ HIGH_BYTES })
 #endif
 
 /* ---- Key schedule ------------------------------------------------------------------------------------------------- */
@@ -62,13 +66,14 @@ static uint32_t substitute(uint32_t x)
     return out ^ CSVF_SBOX_OUTPUT * low;
 }
 
-/* The circuit leaves out the S-box's constants. That on its output is the same in all four bytes, and the rotations of the linear layer
- * do not change a word of equal bytes pairwise (5 terms, of which bytes 8 apart cancel), so every new word of the state lacks one
- * constant; a word that has been replaced twice lacks none. Round r reads words r + 1 .. r + 3; word j has been replaced j / 4 times. */
+/* The circuit leaves out the S-box's constants; the round keys make up for both. Without the constant on its output every new
+ * word of the state lacks L(OUTPUT in all bytes), and a word that has been replaced twice lacks nothing. Round r reads words
+ * r + 1 .. r + 3, and word j has been replaced j / 4 times; after 32 rounds all have been replaced eight times. */
 static uint32_t round_constant(int round)
 {
     const uint32_t output = CSVF_SBOX_OUTPUT * 0x01010101u;
-    const uint32_t missing = output ^ rotate_left(output, 2) ^ rotate_left(output, 10) ^ rotate_left(output, 18) ^ rotate_left(output, 24);
+    const uint32_t missing = output ^ rotate_left(output, 2) ^ rotate_left(output, 10) ^ rotate_left(output, 18) ^
+                             rotate_left(output, 24);
     uint32_t constant = CSVF_SBOX_INPUT * 0x01010101u;
     for (int j = round + 1; j <= round + 3; j++)
         constant ^= (uint32_t)-(j / 4 & 1) & missing;
@@ -142,7 +147,8 @@ INLINE pair64 load(const uint8_t *p)
     return v;
 }
 
-/* 32 blocks to planes. Blocks n, n + 8, n + 16, n + 24 are first mixed so that vector n of a word has byte b of block n + 8 q at 4 b + q. */
+/* 32 blocks to planes. Blocks n, n + 8, n + 16, n + 24 are first mixed so that vector n of a word has byte b of block n + 8 q
+ * at 4 b + q. */
 static void gather(planes4 state[4][8], const uint8_t in[GROUP_BYTES])
 {
     pair64 v[4][8];
@@ -173,7 +179,8 @@ static void scatter(uint8_t out[GROUP_BYTES], planes4 state[4][8])
         const pair64 p0 = UNPACK_LOW(v[0][n], v[2][n]), p1 = UNPACK_HIGH(v[0][n], v[2][n]);
         const pair64 p2 = UNPACK_LOW(v[1][n], v[3][n]), p3 = UNPACK_HIGH(v[1][n], v[3][n]);
         const pair64 q00 = UNPACK_LOW(p0, p2), q01 = UNPACK_HIGH(p0, p2), q10 = UNPACK_LOW(p1, p3), q11 = UNPACK_HIGH(p1, p3);
-        const pair64 r00 = UNPACK_LOW(q00, q10), r10 = UNPACK_HIGH(q00, q10), r01 = UNPACK_LOW(q01, q11), r11 = UNPACK_HIGH(q01, q11);
+        const pair64 r00 = UNPACK_LOW(q00, q10), r10 = UNPACK_HIGH(q00, q10);
+        const pair64 r01 = UNPACK_LOW(q01, q11), r11 = UNPACK_HIGH(q01, q11);
         const pair64 a = UNPACK_LOW(r00, r01), b = UNPACK_HIGH(r00, r01), c = UNPACK_LOW(r10, r11), d = UNPACK_HIGH(r10, r11);
         memcpy(out + 16 * n, &a, 16);
         memcpy(out + 16 * n + 128, &b, 16);
@@ -184,8 +191,8 @@ static void scatter(uint8_t out[GROUP_BYTES], planes4 state[4][8])
 
 /* ---- Rounds ------------------------------------------------------------------------------------------------------- */
 
-/* a ^= L(S(b ^ c ^ d ^ key)) with L(B) = B ^ B<<<2 ^ B<<<10 ^ B<<<18 ^ B<<<24. With w = B ^ B<<<24 and v = B ^ w<<<16 it is L(B) = w ^ v<<<2,
- * as v = B ^ B<<<8 ^ B<<<16. */
+/* a ^= L(S(b ^ c ^ d ^ key)) with L(B) = B ^ B<<<2 ^ B<<<10 ^ B<<<18 ^ B<<<24. With w = B ^ B<<<24 and
+ * v = B ^ w<<<16 = B ^ B<<<8 ^ B<<<16 it is L(B) = w ^ v<<<2. */
 INLINE void one_round(planes4 a[8], const planes4 b[8], const planes4 c[8], const planes4 d[8], const planes4 key[8])
 {
     planes4 y[8];
@@ -206,7 +213,8 @@ INLINE void one_round(planes4 a[8], const planes4 b[8], const planes4 c[8], cons
 #define WRAPS(x) TURN(x, 1)
 #define STAYS(x) x
     /* a rotation by 2 moves plane i to i + 2; the top two planes pass into the next byte */
-    OUT(0, 2, STAYS); OUT(1, 3, STAYS); OUT(2, 4, STAYS); OUT(3, 5, STAYS); OUT(4, 6, STAYS); OUT(5, 7, STAYS); OUT(6, 0, WRAPS); OUT(7, 1, WRAPS);
+    OUT(0, 2, STAYS); OUT(1, 3, STAYS); OUT(2, 4, STAYS); OUT(3, 5, STAYS);
+    OUT(4, 6, STAYS); OUT(5, 7, STAYS); OUT(6, 0, WRAPS); OUT(7, 1, WRAPS);
 #undef OUT
 #undef WRAPS
 #undef STAYS

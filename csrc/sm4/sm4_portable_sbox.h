@@ -1,8 +1,8 @@
-/* SM4 S-box as a circuit of 110 gates. Written by csrc/tools/sm4_bitslice.py, which holds the derivation
- * and checks all 256 inputs; do not edit.
+/* SM4 S-box as a circuit of 110 gates. Written by csrc/tools/sm4_bitslice.py, which holds
+ * the derivation and checks all 256 inputs; do not edit.
  *
- * Computes o = S(x + INPUT) + OUTPUT on bit planes of type CSVF_SBOX_WORD (define it before use; any type with ^ and &), bit 0
- * being the least significant of the byte. The key schedule absorbs the constants. */
+ * Computes o = S(x + INPUT) + OUTPUT on bit planes of type CSVF_SBOX_WORD (define it before use; any type with
+ * ^ and &), bit 0 being the least significant of the byte. The key schedule absorbs the constants. */
 #ifndef CSVF_SM4_PORTABLE_SBOX_H
 #define CSVF_SM4_PORTABLE_SBOX_H
 

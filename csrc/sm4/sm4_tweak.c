@@ -1,8 +1,8 @@
 /* Multiplication of XTS tweaks by powers of alpha, in both bit orders.
  *
  * IEEE 1619-2018 5.2: the tweak is a little-endian number v, alpha v = v << 1, reduced by x^128 = x^7 + x^2 + x + 1 (0x87).
- * GB/T 17964-2021: the same field with the bits of every byte, and so of the whole string, numbered the other way round: a big-endian
- * number, alpha v = v >> 1, reduced by 0xe1 << 120. Carries are taken by arithmetic, never by a branch. */
+ * GB/T 17964-2021: the same field with the bits of every byte, and so of the whole string, numbered the other way round: a
+ * big-endian number, alpha v = v >> 1, reduced by 0xe1 << 120. Carries are taken by arithmetic, never by a branch. */
 #include "sm4_tweak.h"
 
 #include <string.h>

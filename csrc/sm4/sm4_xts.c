@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include "../declassify.h"
 #include "sm4_buffers.h"
 
 enum {
@@ -38,7 +39,9 @@ int csvf_xts_init(csvf_xts *xts, const uint8_t key[32], int standard)
 {
     if (!xts || !key || (standard != CSVF_STANDARD_GB && standard != CSVF_STANDARD_IEEE))
         return CSVF_ERR_ARGUMENT;
-    if (csvf_equal(key, key + CSVF_SM4_KEY_BYTES, CSVF_SM4_KEY_BYTES))
+    const int equal = csvf_equal(key, key + CSVF_SM4_KEY_BYTES, CSVF_SM4_KEY_BYTES);
+    csvf__declassify(&equal, sizeof equal);
+    if (equal)
         return CSVF_ERR_KEY;
     csvf__xts *x = (csvf__xts *)xts;
     x->kernel = csvf__sm4();
@@ -148,7 +151,8 @@ static void leading_blocks(const csvf__xts *x, uint8_t *out, const uint8_t *in, 
         return;
     if (unit_blocks >= LONG_RUN) {
         for (size_t u = 0; u < units; u++)
-            x->kernel->xts(schedule, x->standard, out + unit_size * u, in + unit_size * u, first_tweaks + BLOCK * u, unit_blocks, 1);
+            x->kernel->xts(schedule, x->standard, out + unit_size * u, in + unit_size * u, first_tweaks + BLOCK * u,
+                           unit_blocks, 1);
         return;
     }
     uint8_t tweaks[BLOCK * CHUNK], data[BLOCK * CHUNK];
@@ -295,7 +299,8 @@ int csvf_xts_decrypt_unit(const csvf_xts *xts, uint8_t *out, const uint8_t *in, 
     return crypt_unit(xts, out, in, length, tweak, 1);
 }
 
-static int crypt_span(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length, uint64_t unit, size_t offset, int decrypt)
+static int crypt_span(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length, uint64_t unit, size_t offset,
+                      int decrypt)
 {
     if (!xts || (length && (!out || !in)))
         return CSVF_ERR_ARGUMENT;

@@ -271,14 +271,14 @@ class Search:
         wanted = [sum((invert[x] >> bit & 1) << x for x in range(256)) for bit in range(8)]
         self.bottom = solve_bottom([produced[name] for name in PRODUCTS], wanted)  # per product: bits of the AES inverse
 
-    def layers(self, isomorphism: Matrix, scale: int) -> tuple[list[int], list[int], Matrix]:
-        """Top forms over the SM4 byte, per product the output bits, and the whole input matrix."""
+    def layers(self, isomorphism: Matrix, scale: int) -> tuple[list[int], list[int]]:
+        """Top forms over the SM4 byte, and per product the output bits it feeds."""
         scaling = [multiply(scale, 1 << i, AES_POLYNOMIAL) for i in range(8)]
         into = compose(scaling, compose(isomorphism, self.affine))
         # inv(scale * y) * scale = inv(y)
         out = compose(self.affine, compose(inverse_matrix(isomorphism), scaling))
         top = [sum((bin(mask & into[i]).count("1") & 1) << i for i in range(8)) for mask in self.top]
-        return top, [apply(out, column) for column in self.bottom], into
+        return top, [apply(out, column) for column in self.bottom]
 
 
 def gates(program: Program) -> int:
@@ -302,17 +302,17 @@ def top_program(steps: list[tuple[int, int, int]], targets: list[int]) -> Progra
 
 def search(tries: int, seed: int) -> tuple[Program, int]:
     """Best circuit found and the constant to be added to its input."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311 - a search, no secret
     space = Search()
     ranked = []
     for isomorphism in aes_isomorphisms():
         for scale in range(1, 256):
-            top, bottom, into = space.layers(isomorphism, scale)
+            top, bottom = space.layers(isomorphism, scale)
             cost = len(share(top, 8, rng)) + len(share(bottom, 8, rng)) + 10
-            ranked.append((cost, top, bottom, into))
+            ranked.append((cost, top, bottom))
     ranked.sort(key=lambda entry: entry[0])
     best: tuple[int, Program, int] | None = None
-    for _, top, bottom, into in ranked[:24]:
+    for _, top, bottom in ranked[:24]:
         upper = min((share(top, 8, rng) for _ in range(tries)), key=len)
         lower = min((share(bottom, 8, rng) for _ in range(tries)), key=len)
         program = top_program(upper, top) + parse(MIDDLE) + transpose(lower, bottom, PRODUCTS, "b")
@@ -392,8 +392,8 @@ def depth_first(program: Program, rng: random.Random) -> Program:
 
 
 def schedule(program: Program, moves: int, seed: int, registers: int = 14) -> Program:
-    """Orders the gates for few spills: the best of 300 depth-first orders, then random moves of one gate that do not make it worse."""
-    rng = random.Random(seed)
+    """Orders the gates for few spills: the best of 300 depth-first orders, then random moves that do not make it worse."""
+    rng = random.Random(seed)  # noqa: S311 - a search, no secret
     order = min((depth_first(program, rng) for _ in range(300)), key=lambda candidate: spill_cost(candidate, registers))
     cost = spill_cost(order, registers)
     for _ in range(moves):
@@ -427,11 +427,11 @@ def header(program: Program, constant: int) -> str:
         value = left if right == "zero" else f"{left} {operator} {right}"
         statements.append(f"{target} = {value};" if target[0] == "o" else f"const CSVF_SBOX_WORD {target} = {value};")
     lines = [
-        "/* SM4 S-box as a circuit of " + str(gates(program)) + " gates. Written by csrc/tools/sm4_bitslice.py, which holds the derivation",
-        " * and checks all 256 inputs; do not edit.",
+        f"/* SM4 S-box as a circuit of {gates(program)} gates. Written by csrc/tools/sm4_bitslice.py, which holds",
+        " * the derivation and checks all 256 inputs; do not edit.",
         " *",
-        " * Computes o = S(x + INPUT) + OUTPUT on bit planes of type CSVF_SBOX_WORD (define it before use; any type with ^ and &), bit 0",
-        " * being the least significant of the byte. The key schedule absorbs the constants. */",
+        " * Computes o = S(x + INPUT) + OUTPUT on bit planes of type CSVF_SBOX_WORD (define it before use; any type with",
+        " * ^ and &), bit 0 being the least significant of the byte. The key schedule absorbs the constants. */",
         "#ifndef CSVF_SM4_PORTABLE_SBOX_H",
         "#define CSVF_SM4_PORTABLE_SBOX_H",
         "",

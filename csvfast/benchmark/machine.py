@@ -13,6 +13,7 @@ import re
 import ssl
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypedDict
 
@@ -99,7 +100,7 @@ def clock_hertz(turns: int = 1_000_000) -> tuple[float | None, str | None]:
     return (float(nominal) * 1e6, "/proc/cpuinfo") if nominal else (None, None)
 
 
-def _timed(chain: ctypes._CFuncPtr, turns: int) -> float:
+def _timed(chain: Callable[[int, int], int], turns: int) -> float:
     start = time.thread_time()
     chain(1, turns)
     return max(time.thread_time() - start, 1e-9)

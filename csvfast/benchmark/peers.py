@@ -57,6 +57,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
+    """An implementation, its version, and what it offers."""
+
     name: str
     version: str
     offers: tuple[Offer, ...]

@@ -17,17 +17,35 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "print_table"]
 
+Quick = Annotated[bool, typer.Option("--quick", help="Short runs: a tenth of the time, three rounds.")]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", metavar="NAME", help="Only this name, or those that begin so; repeat for more.")
+]
+Kernel = Annotated[list[str] | None, typer.Option("--kernel", metavar="NAME", help="Only this kernel; repeat for more.")]
+Threads = Annotated[str, typer.Option("--threads", metavar="N[,N...]", help="Thread counts to measure.")]
+Size = Annotated[
+    list[str] | None, typer.Option("--size", metavar="SIZE", help="Buffer of each thread; repeat for more. Default 64MiB.")
+]
+Seconds = Annotated[
+    float | None, typer.Option("--seconds", min=0.001, max=600, help="Time for each figure. Default 1, with --quick 0.1.")
+]
+Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="Compare with the other implementations found.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is standard output (no table then).")
+]
+ChartFile = Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="Draw a chart: .svg or .png.")]
+
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Short runs: a tenth of the time, three rounds.")] = False,
-    only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Only this name or these that begin so; repeat for more.")] = None,
-    kernel: Annotated[list[str] | None, typer.Option("--kernel", metavar="NAME", help="Only this kernel; repeat for more.")] = None,
-    threads: Annotated[str, typer.Option("--threads", metavar="N[,N...]", help="Thread counts to measure.")] = "1",
-    size: Annotated[list[str] | None, typer.Option("--size", metavar="SIZE", help="Buffer of each thread; repeat for more. Default 64MiB.")] = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", min=0.001, max=600, help="Time for each figure. Default 1, with --quick 0.1.")] = None,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Compare with the other implementations found.")] = True,
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is standard output (no table then).")] = None,
-    chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="Draw a chart: .svg or .png.")] = None,
+    quick: Quick = False,
+    only: Only = None,
+    kernel: Kernel = None,
+    threads: Threads = "1",
+    size: Size = None,
+    seconds: Seconds = None,
+    peers: Peers = True,
+    json_path: JsonFile = None,
+    chart: ChartFile = None,
 ) -> None:
     """Measure every primitive on every kernel against the peers on this machine."""
     for path in (chart, json_path):
@@ -118,12 +136,14 @@ def print_table(out: Console, machine: Machine, results: list[Result]) -> None:
               + f"governor {machine['governor'] or 'not readable'}")  # fmt: skip
     out.print(f"{machine['system']}; Python {machine['python']}; {machine['openssl']}")
     out.print(f"kernels without forcing: {kernels}")
-    table = Table(caption="c/B: cycles per byte of one thread at the estimated clock. Ratio: to the fastest peer of that "
-                  "name and thread count. Median of rounds; CPU time for one thread, wall time (w) otherwise.",
-                  caption_justify="left")  # fmt: skip
-    for heading, justify in (("name", "left"), ("kernel or peer", "left"), ("threads", "right"), ("buffer", "right"),
-                             ("rate", "right"), ("c/B", "right"), ("x best peer", "right"), ("x hashlib SM3", "right"), ("spread", "right")):  # fmt: skip
-        table.add_column(heading, justify="right" if justify == "right" else "left", no_wrap=heading != "name")
+    caption = (
+        "c/B: cycles per byte of a thread at that clock. x peer: ratio to the fastest peer of the same name and thread count. "
+        "x hashlib: ratio to hashlib's single SM3 stream. Median of rounds, of CPU time for one thread, of wall time (w) "
+        "otherwise; ~ marks rounds more than 10 % apart."
+    )
+    table = Table(caption=caption, caption_justify="left")
+    for heading in ("name", "kernel or peer", "buffer", "rate", "c/B", "x peer", "x hashlib"):
+        table.add_column(heading, justify="left" if heading in ("name", "kernel or peer") else "right", no_wrap=True)
     best = _best_peers(results)
     yardstick = best_of(results, "sm3/1048576", "hashlib")
     previous = ""
@@ -137,9 +157,11 @@ def print_table(out: Console, machine: Machine, results: list[Result]) -> None:
         ratio = f"{rate / peer_rate:.2f}" if peer_rate and result["peer"] is None else ""
         cycles = f"{clock * result['threads'] / rate:.3g}" if clock and rate else ""
         style = "" if result["peer"] is None else "dim"
-        table.add_row(shown, (result["peer"] or result["kernel"] or "csvfast") + variant, str(result["threads"]),
-                      format_bytes(result["buffer_bytes"]), format_rate(rate) + (" w" if result["clock"] == "wall" else ""),
-                      cycles, ratio, f"{rate / yardstick:.2f}" if yardstick else "", f"{result['spread']:.0%}", style=style)  # fmt: skip
+        threads = f" x{result['threads']}" if result["threads"] > 1 else ""
+        speed = ("~" if result["spread"] > 0.1 else "") + format_rate(rate) + (" w" if result["clock"] == "wall" else "")
+        table.add_row(shown, (result["peer"] or result["kernel"] or "csvfast") + variant + threads,
+                      format_bytes(result["buffer_bytes"]), speed, cycles, ratio,
+                      f"{rate / yardstick:.2f}" if yardstick else "", style=style)  # fmt: skip
     out.print(table)
 
 

@@ -66,7 +66,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
     if isinstance(error, CommandError):
         return error.code
     declared = getattr(error, "exit_code", None)
-    if isinstance(declared, int) and declared in iter(ExitCode):
+    if isinstance(declared, int) and declared in tuple(ExitCode):
         return ExitCode(declared)
     if isinstance(error, (OSError, ImportError, MemoryError, EOFError)):
         return ExitCode.ENVIRONMENT

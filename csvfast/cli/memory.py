@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +22,20 @@ _PAIR_WIDTH = 118  # columns that two dumps side by side take
 _SHOWN = 64  # bytes of each dump: one cache line, four SM4 blocks
 
 
+class StandardChoice(Enum):
+    """--standard of `memory demo`."""
+
+    gb = "gb"
+    ieee = "ieee"
+
+
+class TweakModelChoice(Enum):
+    """--tweak-model of `memory demo`."""
+
+    xts = "xts"
+    line = "line"
+
+
 @app.callback()
 def _memory() -> None:
     """Encrypted guest memory."""
@@ -28,19 +43,17 @@ def _memory() -> None:
 
 @app.command("demo")
 def demo(
-    standard: Annotated[str, typer.Option("--standard", help="Tweak order: gb or ieee.")] = "gb",
-    tweak_model: Annotated[str, typer.Option("--tweak-model", help="xts, or line: the leak published for real parts.")] = "xts",
+    standard: Annotated[StandardChoice, typer.Option("--standard", help="Tweak order.")] = StandardChoice.gb,
+    tweak_model: Annotated[
+        TweakModelChoice, typer.Option("--tweak-model", help="line: the leak published for real parts.")
+    ] = TweakModelChoice.xts,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Two guests write the same page; the host looks at the frames; one key is removed.
 
     Every step is checked; the exit code is 1 if one does not hold.
     """
-    if standard not in ("gb", "ieee"):
-        raise CommandError(f"--standard {standard!r}: expected gb or ieee")
-    if tweak_model not in ("xts", "line"):
-        raise CommandError(f"--tweak-model {tweak_model!r}: expected xts or line")
-    report = run_demo(standard, tweak_model)
+    report = run_demo(standard.value, tweak_model.value)
     if as_json:
         print_json(report)
     else:
@@ -51,7 +64,7 @@ def demo(
         raise CommandError(f"memory demo: does not hold: {failed}", ExitCode.CHECK_FAILED)
 
 
-def run_demo(standard: str, tweak_model: str) -> dict[str, Any]:
+def run_demo(standard: Literal["gb", "ieee"], tweak_model: Literal["xts", "line"]) -> dict[str, Any]:
     """Does the walk and gives what each party saw, first bytes as hex, and what was checked.
 
     Both guests write one text over and over: whatever repeats in a ciphertext is a leak.
@@ -112,7 +125,7 @@ def run_demo(standard: str, tweak_model: str) -> dict[str, Any]:
         f"host reads frame 1 (same text, ASID {_SECOND})": frames[1],
         f"host reads frame 2 (same text, ASID {_FIRST})": frames[2],
         "host reads frame 3 (its own page)": frames[3],
-        "frame 0 copied to 2 by the host, as the guest reads it": moved,
+        "host copied frame 0 to 2: what the guest reads": moved,
         f"frame 0 after ASID {_FIRST} got a new key": recycled,
     }
     return {

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 from csvfast import _core
-from csvfast.measure.errors import ParameterError
+from csvfast.measure.errors import EmptySourceError, ParameterError
 from csvfast.measure.ovmf import GuidTable
 from csvfast.measure.source import STDIN, AnyPath, Progress, Source, total_size
 from csvfast.measure.vmsa import BSP_ADDRESS, DEFAULT_CPU_SIGNATURE, vmsa_page
@@ -237,7 +237,7 @@ def _add_firmware(chain: _Chain, source: Source, step: Callable[[int], None], wa
         step(len(chunk))
     source.check_unchanged()
     if size == 0:
-        raise ParameterError(f"{source.path}: is empty; expected a firmware image")
+        raise EmptySourceError(f"{source.path}: is empty; expected a firmware image")
     if size % PAGE_BYTES:
         warnings.append(f"{source.path}: has {size} bytes, no multiple of {PAGE_BYTES}; QEMU refuses such a firmware")
     address = FOUR_GIB - size if size <= FOUR_GIB else None

@@ -114,10 +114,7 @@ class Source:
         """
         done = 0
         while done < len(buffer):
-            try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise _unreadable(self.path, error) from error
+            count = self._read_some(buffer[done:], offset + done)
             if count == 0:
                 raise SourceTruncatedError(
                     f"{self.path}: ends at byte {offset + done}, expected {self.size} bytes: "
@@ -161,14 +158,19 @@ class Source:
             )
         if stat.S_ISBLK(after.st_mode):
             return
-        with memoryview(bytearray(1)) as beyond:
-            if os.preadv(self._fd, [beyond], self.size) != 0:
-                raise SourceChangedError(f"{self.path}: holds more than the {self.size} bytes it says it has")
+        if self._read_some(memoryview(bytearray(1)), self.size) != 0:
+            raise SourceChangedError(f"{self.path}: holds more than the {self.size} bytes it says it has")
         for name, was, now in zip(
             ("device", "inode", "size", "mtime_ns", "ctime_ns"), _identity(self._before), _identity(after), strict=True
         ):
             if was != now:
                 raise SourceChangedError(f"{self.path}: changed while it was measured: {name} was {was}, is {now}")
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._fd, [buffer], offset)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
 
     def _check_path(self) -> None:
         try:

@@ -26,7 +26,9 @@ def test_parse_size_refuses(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (64 << 20, "64 MiB"), (5 << 40, "5.0 TiB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (64 << 20, "64 MiB"), (5 << 40, "5.0 TiB")]
+)
 def test_format_bytes(size: int, text: str) -> None:
     assert format_bytes(size) == text
 

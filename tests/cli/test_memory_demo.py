@@ -62,7 +62,7 @@ def test_failed_check_is_exit_code_one(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr(csvfast.EncryptedMemory, "write", write)
     with pytest.raises(CommandError, match="the host sees no plaintext") as caught:
-        memory.demo(standard="gb", tweak_model="xts", as_json=True)
+        memory.demo(standard=memory.StandardChoice.gb, tweak_model=memory.TweakModelChoice.xts, as_json=True)
     assert caught.value.code is ExitCode.CHECK_FAILED
     assert json.loads(capsys.readouterr().out)["checks"]["the host sees no plaintext in a guest's frame"] is False
 

@@ -306,21 +306,3 @@ class TestFile:
             csvfast.sm3_file(tmp_path / "missing")
         with pytest.raises(IsADirectoryError):
             csvfast.sm3_file(tmp_path)
-
-
-def test_shared_vectors(vectors, sm3_kernel):
-    """tests/vectors/sm3.json: messages in hex, or as a length of the 251-cycle ramp."""
-    seen = 0
-    for name, group in vectors("sm3").items():
-        if not isinstance(group, list) or not group or not isinstance(group[0], dict) or "digest" not in group[0]:
-            continue
-        for entry in group:
-            if "message" in entry:
-                message = bytes.fromhex(entry["message"]) * entry.get("repeat", 1)
-            elif "length" in entry:
-                message = bytes(i % 251 for i in range(entry["length"]))
-            else:
-                continue
-            assert csvfast.sm3(message).hexdigest() == entry["digest"], (name, entry)
-            seen += 1
-    assert seen > 0

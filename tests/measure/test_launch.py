@@ -49,7 +49,7 @@ A9_TABLE = bytes.fromhex(
 
 
 @pytest.fixture
-def a9(tmp_path: Path) -> dict[str, Path]:
+def a9(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "OVMF").write_bytes(bytes(7 * index % 256 for index in range(4096)))
     (tmp_path / "kernel").write_bytes(b"kernel image bytes")
     return {"firmware": tmp_path / "OVMF", "kernel": tmp_path / "kernel"}
@@ -69,13 +69,13 @@ def test_a9_table() -> None:
         ("", "f5e5de4fd525e038f32609e556adc04bdaf641572031ccfdebf9aafea2ab46c7"),
     ],
 )
-def test_a9_with_table(a9: dict[str, Path], append: str | None, expected: str) -> None:
+def test_a9_with_table(a9: dict[str, Any], append: str | None, expected: str) -> None:
     outcome = launch_digest(**a9, append=append, force_hash_table=True)
     assert outcome.hexdigest == expected
     assert "hash table added" in outcome.warnings[0]
 
 
-def test_a9_without_table(a9: dict[str, Path]) -> None:
+def test_a9_without_table(a9: dict[str, Any]) -> None:
     outcome = launch_digest(a9["firmware"])
     assert outcome.hexdigest == "8d972379a2b91f16840969a1bb4b71aeb35f87b5bfe66ec36d9df325cfa944d0"
     assert outcome.warnings == ()
@@ -92,7 +92,7 @@ def test_a9_vmsa(address: int, expected: str) -> None:
     assert sm3(vmsa_page(address, 0x900F00)) == expected
 
 
-def test_a9_needs_the_override(a9: dict[str, Path]) -> None:
+def test_a9_needs_the_override(a9: dict[str, Any]) -> None:
     with pytest.raises(FirmwareTableError, match="no GUID table"):
         launch_digest(**a9)
 
@@ -101,7 +101,7 @@ def test_a9_needs_the_override(a9: dict[str, Path]) -> None:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
+def files(tmp_path: Path) -> dict[str, Any]:
     content = {"firmware": ovmf.good(), "kernel": b"MZ" + bytes(3_000_000), "initrd": bytes(range(256)) * 9000}
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
@@ -111,7 +111,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("vcpus", [1, 2, 5])
 @pytest.mark.parametrize("vmsa", ["none", "amd"])
 @pytest.mark.parametrize("with_kernel", [False, True])
-def test_concatenation(files: dict[str, Path], vcpus: int, vmsa: Vmsa, with_kernel: bool) -> None:
+def test_concatenation(files: dict[str, Any], vcpus: int, vmsa: Vmsa, with_kernel: bool) -> None:
     arguments: dict[str, Any] = dict(files) if with_kernel else {"firmware": files["firmware"]}
     if with_kernel:
         arguments["append"] = "quiet"
@@ -133,7 +133,7 @@ def test_concatenation(files: dict[str, Path], vcpus: int, vmsa: Vmsa, with_kern
         assert piece.running.hex() == sm3(b"".join(pieces[: index + 1]))
 
 
-def test_addresses(files: dict[str, Path]) -> None:
+def test_addresses(files: dict[str, Any]) -> None:
     outcome = launch_digest(**files, vmsa="amd")
     assert [piece.address for piece in outcome.pieces] == [(1 << 32) - 8192, ovmf.AREA[0], None]
 
@@ -161,7 +161,7 @@ def test_vmsa_numbers(value: int) -> None:
         vmsa_page(0, value)
 
 
-def test_command_line_that_is_no_unicode(files: dict[str, Path]) -> None:
+def test_command_line_that_is_no_unicode(files: dict[str, Any]) -> None:
     raw = b"quiet \xff\xfe"
     outcome = launch_digest(**files, append=os.fsdecode(raw))
     assert outcome.inputs[0].sha256 == sha256(raw + b"\0")
@@ -173,7 +173,7 @@ def test_odd_firmware_size_is_a_warning(tmp_path: Path) -> None:
     assert "has 8193 bytes, no multiple of 4096" in outcome.warnings[0]
 
 
-def test_record(files: dict[str, Path]) -> None:
+def test_record(files: dict[str, Any]) -> None:
     outcome = launch_digest(**files, append="quiet", vmsa="amd", vcpus=2)
     short = outcome.to_dict()
     assert short["digest"] == outcome.hexdigest
@@ -192,7 +192,7 @@ def refused(error: type[Exception], message: str, **arguments: Any) -> None:
         launch_digest(**arguments)
 
 
-def test_unfit_parameters(files: dict[str, Path]) -> None:
+def test_unfit_parameters(files: dict[str, Any]) -> None:
     firmware = files["firmware"]
     refused(ParameterError, "vmsa is 'intel'; expected 'none' or 'amd'", firmware=firmware, vmsa="intel")
     refused(ParameterError, "vcpus is 0; expected 1 to 4096", firmware=firmware, vcpus=0)
@@ -206,7 +206,7 @@ def test_unfit_parameters(files: dict[str, Path]) -> None:
         hash_table(bytes(32), bytes(31), bytes(32))
 
 
-def test_unfit_firmware(tmp_path: Path, files: dict[str, Path]) -> None:
+def test_unfit_firmware(tmp_path: Path, files: dict[str, Any]) -> None:
     firmware = tmp_path / "fw"
     for content, error, message in (
         (b"", EmptySourceError, "is empty"),
@@ -222,13 +222,13 @@ def test_unfit_firmware(tmp_path: Path, files: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["firmware", "kernel", "initrd"])
-def test_missing_files(tmp_path: Path, files: dict[str, Path], name: str) -> None:
+def test_missing_files(tmp_path: Path, files: dict[str, Any], name: str) -> None:
     refused(SourceNotFoundError, "nothing: no such file", **files | {name: tmp_path / "nothing"})
     refused(SourceKindError, "is a directory", **files | {name: tmp_path})
 
 
 @pytest.mark.parametrize("name", ["firmware", "kernel", "initrd"])
-def test_changing_files(files: dict[str, Path], name: str) -> None:
+def test_changing_files(files: dict[str, Any], name: str) -> None:
     files[name].write_bytes(
         files[name].read_bytes() + bytes(9 << 20) if name != "firmware" else ovmf.good(size=9 << 20)
     )
@@ -240,14 +240,14 @@ def test_changing_files(files: dict[str, Path], name: str) -> None:
     refused(SourceChangedError, "changed while it was measured", **files, progress=touch)
 
 
-def test_progress(files: dict[str, Path]) -> None:
+def test_progress(files: dict[str, Any]) -> None:
     seen: list[tuple[int, int | None]] = []
     launch_digest(**files, progress=lambda done, total: seen.append((done, total)))
     total = sum(path.stat().st_size for path in files.values())
     assert seen[-1] == (total, total)
 
 
-def test_kernel_from_a_pipe(tmp_path: Path, files: dict[str, Path]) -> None:
+def test_kernel_from_a_pipe(tmp_path: Path, files: dict[str, Any]) -> None:
     import threading
 
     os.mkfifo(tmp_path / "p")

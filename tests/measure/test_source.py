@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -94,24 +95,24 @@ def test_socket(tmp_path: Path) -> None:
             Source(tmp_path / "s")
 
 
-def test_permission(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"x")
-    (tmp_path / "f").chmod(0)
+def test_permission() -> None:
     program = (
         "import os, sys\n"
         "from csvfast.measure import SourceUnreadableError\n"
         "from csvfast.measure.source import Source\n"
-        "if os.getuid() == 0: os.setresuid(65534, 65534, 65534)\n"
+        "if os.getuid() == 0: os.setresuid(65534, 65534, 65534)\n"  # root may read everything
         "try: Source(sys.argv[1])\n"
         "except SourceUnreadableError as error: print(error)\n"
     )
-    tmp_path.chmod(0o755)
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)
-    answer = subprocess.run(
-        [sys.executable, "-c", program, tmp_path / "f"], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert "cannot be read: Permission denied" in answer.stdout
+    with tempfile.TemporaryDirectory() as folder:  # (pytest's own folders are closed to other users)
+        path = Path(folder, "f")
+        path.write_bytes(b"x")
+        path.chmod(0)
+        Path(folder).chmod(0o755)
+        answer = subprocess.run(
+            [sys.executable, "-c", program, path], capture_output=True, text=True, check=True, timeout=60
+        )
+    assert answer.stdout == f"{path}: cannot be read: Permission denied\n"
 
 
 def test_loop_of_links(tmp_path: Path) -> None:
@@ -209,6 +210,15 @@ def test_a_file_that_lies_about_its_size() -> None:
         assert source.size == 0
         read_all(source)
         with pytest.raises(SourceChangedError, match="holds more than the 0 bytes"):
+            source.check_unchanged()
+
+
+def test_input_output_error() -> None:
+    # A process has nothing mapped at address 0: reading there fails as a bad sector does.
+    with Source("/proc/self/mem") as source:
+        with pytest.raises(SourceUnreadableError, match="/proc/self/mem: cannot be read: Input/output error"):
+            source.read_at(memoryview(bytearray(10)), 0)
+        with pytest.raises(SourceUnreadableError, match="Input/output error"):
             source.check_unchanged()
 
 

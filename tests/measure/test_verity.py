@@ -39,6 +39,10 @@ def write(path: Path, size: int) -> bytes:
     return data
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.mark.parametrize("hash_type", [0, 1])
 @pytest.mark.parametrize("salt", [b"", b"\x00", SALT, bytes(256)], ids=len)
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_root_only(tmp_path: Path) -> None:
     record = format_verity(tmp_path / "data", salt=SALT)
     assert record.root_hash == merkle(data, salt=SALT)[0]
     assert record.hash_path is None
-    assert os.listdir(tmp_path) == ["data"]
+    assert names(tmp_path) == ["data"]
 
 
 def test_random_salt_and_uuid(tmp_path: Path) -> None:
@@ -221,14 +225,14 @@ def test_parameter_wrong(tmp_path: Path, arguments: dict[str, object], message: 
     write(tmp_path / "data", 8192)
     with pytest.raises(ParameterError, match=message):
         format_verity(tmp_path / "data", tmp_path / "area", **arguments)  # type: ignore[arg-type]
-    assert os.listdir(tmp_path) == ["data"]
+    assert names(tmp_path) == ["data"]
 
 
 def test_no_whole_block(tmp_path: Path) -> None:
     write(tmp_path / "data", 4095)
     with pytest.raises(EmptySourceError, match="holds no whole block of 4096 bytes"):
         format_verity(tmp_path / "data", tmp_path / "area")
-    assert os.listdir(tmp_path) == ["data"]
+    assert names(tmp_path) == ["data"]
 
 
 # ---- Targets ---------------------------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ def test_existing_area_is_replaced_and_keeps_its_mode(tmp_path: Path) -> None:
     format_verity(tmp_path / "data", tmp_path / "area", salt=SALT)
     assert (tmp_path / "area").stat().st_size == 8192
     assert (tmp_path / "area").stat().st_mode & 0o777 == 0o604
-    assert sorted(os.listdir(tmp_path)) == ["area", "data"]
+    assert names(tmp_path) == ["area", "data"]
 
 
 def test_same_file(tmp_path: Path) -> None:
@@ -272,10 +276,10 @@ def test_unusable_target(tmp_path: Path, target: str) -> None:
     write(tmp_path / "data", 8192)
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    before = sorted(os.listdir(tmp_path))
+    before = names(tmp_path)
     with pytest.raises(TargetError, match=target.split("/")[0]):
         format_verity(tmp_path / "data", tmp_path / target)
-    assert sorted(os.listdir(tmp_path)) == before
+    assert names(tmp_path) == before
 
 
 def test_stream_target(tmp_path: Path) -> None:
@@ -305,7 +309,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, same: bool) -> None:
         timeout=60,
     )
     assert f"{target}: the hash area cannot be written: File too large" in answer.stdout
-    assert os.listdir(tmp_path) == ["data"]
+    assert names(tmp_path) == ["data"]
     assert (tmp_path / "data").read_bytes() == data
 
 
@@ -322,7 +326,7 @@ def test_data_changed_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SourceChangedError):
         format_verity(tmp_path / "data", tmp_path / "area", progress=touch)
     assert calls
-    assert os.listdir(tmp_path) == ["data"]
+    assert names(tmp_path) == ["data"]
 
 
 # ---- Verify ----------------------------------------------------------------------------------------------------------

@@ -122,7 +122,8 @@ def test_any_header_text_is_refused_with_one_exception(tmp_path_factory, text):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("size", 0), ("size", 5000), ("size", -4096), ("size", "4096"), ("size", True), ("base_address", 1 << 64), ("base_address", None),
+    [("size", 0), ("size", 5000), ("size", -4096), ("size", "4096"), ("size", True),
+     ("base_address", 1 << 64), ("base_address", None),
      ("standard", "other"), ("standard", 1), ("tweak_model", ["xts"]), ("generations", [1]), ("generations", {"x": 1})],
 )  # fmt: skip
 def test_one_wrong_field(tmp_path, field, value):

@@ -79,4 +79,7 @@ def test_everything_public_is_documented():
 
 def test_signatures_can_be_inspected():
     assert str(inspect.signature(csvfast.SM4XTS.encrypt)) == "(self, /, data, unit=0, out=None)"
+    assert str(inspect.signature(csvfast.SM4XTS)) == "(key, *, standard='gb', unit_size=4096, pool=None)"
+    for name in ("sm3", "hmac_sm3", "SM4CTR", "SM4GCM", "WorkerPool", "EncryptedMemory"):
+        assert inspect.signature(getattr(csvfast, name)).parameters
     assert list(inspect.signature(csvfast.EncryptedMemory.write).parameters) == ["self", "address", "data", "asid"]
