@@ -3,7 +3,7 @@
 #   make ctime         constant time under valgrind (portable, AES-NI, SM3 kernels) and, with clang, MemorySanitizer (portable)
 #   make ctrace        constant time of every kernel of this CPU: instruction traces of different secrets are equal (needs python3 with numpy)
 #   make asan          the C tests and both fuzz targets on generated inputs under AddressSanitizer and UBSan
-#   make tsan          the engine tests under ThreadSanitizer
+#   make tsan          the threaded tests under ThreadSanitizer
 #   make fuzz-smoke    libFuzzer (clang), FUZZ_SECONDS each (60)
 
 PYTHON ?= python3
@@ -15,6 +15,7 @@ SECRET_SOURCES := tests/secret_operations.c
 .PHONY: ctime ctime-valgrind ctime-msan ctrace asan tsan fuzz fuzz-smoke
 
 $(BUILD)/ctime: tests/ctime.c $(SECRET_SOURCES) $(wildcard tests/*.h) $(BUILD)/libcsvfast.a
+	@mkdir -p $(@D)
 	$(CC) $(ALL_FLAGS) $(LDFLAGS) -o $@ tests/ctime.c $(SECRET_SOURCES) $(BUILD)/libcsvfast.a
 
 # Static: the trace covers memcpy and friends, and one disassembly covers the trace.
@@ -25,9 +26,10 @@ ctime: ctime-valgrind
 	@if command -v $(FUZZ_CC) >/dev/null 2>&1; then $(MAKE) ctime-msan; else echo "no $(FUZZ_CC): MemorySanitizer left out"; fi
 
 # The second run must fail: its operations leak on purpose.
-ctime-valgrind: $(BUILD)/ctime
-	$(VALGRIND) -q --error-exitcode=42 $(BUILD)/ctime
-	@$(VALGRIND) -q --error-exitcode=42 $(BUILD)/ctime leak >/dev/null 2>&1; \
+ctime-valgrind:
+	$(MAKE) BUILD=$(BUILD)/checkmem CPPFLAGS=-DCSVF_CHECKMEM $(BUILD)/checkmem/ctime
+	$(VALGRIND) -q --error-exitcode=42 $(BUILD)/checkmem/ctime
+	@$(VALGRIND) -q --error-exitcode=42 $(BUILD)/checkmem/ctime leak >/dev/null 2>&1; \
 	    test $$? = 42 && echo "valgrind notices the deliberate leak"
 
 # MSan has no rules for AES-NI and GFNI intrinsics (it reports their operands themselves), so it watches the portable kernels.
@@ -56,9 +58,10 @@ asan:
 	$(BUILD)/asan/fuzz-standalone/fuzz_xts --random 300
 	$(BUILD)/asan/fuzz-standalone/fuzz_engine --random 300
 
+TSAN_TESTS := test_engine_threads test_pool test_dispatch
 tsan:
-	$(MAKE) BUILD=$(BUILD)/tsan SANITIZE=thread $(BUILD)/tsan/tests/test_engine
-	$(BUILD)/tsan/tests/test_engine
+	$(MAKE) BUILD=$(BUILD)/tsan SANITIZE=thread $(TSAN_TESTS:%=$(BUILD)/tsan/tests/%)
+	for test in $(TSAN_TESTS); do $(BUILD)/tsan/tests/$$test || exit 1; done
 
 $(BUILD)/fuzz-standalone/%: fuzz/%.c fuzz/standalone.c $(BUILD)/libcsvfast.a
 	@mkdir -p $(@D)
