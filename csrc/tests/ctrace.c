@@ -8,6 +8,7 @@
  * Address space layout randomisation is switched off for the traced process, so that traces compare across runs. Linux, x86-64. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -86,6 +87,11 @@ int main(int argc, char **argv)
         execv("/proc/self/exe", argv);
         die("execv");
     }
+    /* Both processes on one CPU: every step is two switches between them, and switching is dear across CPUs. */
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu() < 0 ? 0 : sched_getcpu(), &one);
+    (void)sched_setaffinity(0, sizeof one, &one);
     const operation *o = find(argv[1]);
     uint64_t seed = strtoull(argv[3], NULL, 10);
     FILE *file = fopen(argv[4], "wb");
