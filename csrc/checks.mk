@@ -2,7 +2,7 @@
 #
 #   make ctime         constant time under valgrind (portable, AES-NI, SM3 kernels) and, with clang, MemorySanitizer (portable)
 #   make ctrace        constant time of every kernel of this CPU: instruction traces of different secrets are equal (needs python3 with numpy)
-#   make asan          the C tests and both fuzz targets on generated inputs under AddressSanitizer and UBSan
+#   make asan          the C tests and every fuzz target on generated inputs under AddressSanitizer and UBSan
 #   make tsan          the threaded tests under ThreadSanitizer
 #   make fuzz-smoke    libFuzzer (clang), FUZZ_SECONDS each (60)
 
@@ -40,7 +40,7 @@ ctime-msan:
 	    test $$? -ne 0 && echo "MemorySanitizer notices the deliberate leak"
 
 ctrace: $(BUILD)/ctrace
-	$(PYTHON) tests/ctrace.py $(BUILD)/ctrace
+	"$(PYTHON)" tests/ctrace.py $(BUILD)/ctrace
 
 # clang when there is one: the objects then serve the fuzzers too. Loads of a thousand unrolled vector accesses are checked by calls
 # instead of inline code, without which these files take minutes to compile.
@@ -54,9 +54,8 @@ ASAN_MAKE = $(MAKE) BUILD=$(BUILD)/asan CC=$(ASAN_CC) SANITIZE=address,undefined
 
 asan:
 	$(ASAN_MAKE) check
-	$(ASAN_MAKE) $(BUILD)/asan/fuzz-standalone/fuzz_xts $(BUILD)/asan/fuzz-standalone/fuzz_engine
-	$(BUILD)/asan/fuzz-standalone/fuzz_xts --random 300
-	$(BUILD)/asan/fuzz-standalone/fuzz_engine --random 300
+	$(ASAN_MAKE) $(FUZZERS:$(BUILD)/fuzz/%=$(BUILD)/asan/fuzz-standalone/%)
+	for target in $(notdir $(FUZZERS)); do $(BUILD)/asan/fuzz-standalone/$$target --random 300 || exit 1; done
 
 TSAN_TESTS := test_engine_threads test_pool test_dispatch
 tsan:

@@ -4,6 +4,12 @@
 
 #include <stdint.h>
 
+/* What the sources take for granted: SM3 reads words with one byte swap, addresses and lengths of guest memory fit a size_t. */
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#  error "csvfast needs a little-endian CPU"
+#endif
+_Static_assert(sizeof(void *) == 8 && SIZE_MAX == UINT64_MAX, "csvfast needs 64-bit addresses and lengths");
+
 enum {
     CSVF_CPU_AES = 1u << 0,
     CSVF_CPU_PCLMUL = 1u << 1,

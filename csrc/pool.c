@@ -5,6 +5,7 @@
  * After fork() the child has the pool but no workers, and a lock may be held by a thread that no longer exists. The pool therefore
  * remembers its process: in a child every job runs in the calling thread, without locks, and destroy joins nobody. */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -112,22 +113,25 @@ int csvf_pool_create(csvf_pool **result, uint32_t threads)
     pthread_cond_init(&pool->done, NULL);
     pool->process = getpid();
 
-    /* Signals are the program's business: none is ever delivered to a worker. */
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int status = CSVF_OK;
-    while (status == CSVF_OK && pool->workers < threads - 1) {
-        if (pthread_create(&pool->threads[pool->workers], NULL, worker_main, pool))
-            status = CSVF_ERR_SYSTEM;
-        else
-            pool->workers++;
+    /* Signals are the program's business: none sent to it is ever delivered to a worker. Those that an instruction of the worker raises
+     * (SIGBUS from a file cut short) stay open, or the kernel would end the process past the program's handler. */
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    static const int raised[] = {SIGBUS, SIGSEGV, SIGILL, SIGFPE, SIGTRAP};
+    for (size_t i = 0; i < sizeof raised / sizeof raised[0]; i++)
+        sigdelset(&blocked, raised[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    int failure = 0;
+    while (failure == 0 && pool->workers < threads - 1) {
+        failure = pthread_create(&pool->threads[pool->workers], NULL, worker_main, pool);
+        pool->workers += failure == 0;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (status != CSVF_OK) {
+    if (failure) {
         stop_workers(pool);
         free_pool(pool);
-        return status;
+        errno = failure;    /* pthread_create returns its error instead */
+        return CSVF_ERR_SYSTEM;
     }
     *result = pool;
     return CSVF_OK;

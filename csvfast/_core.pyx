@@ -139,7 +139,9 @@ cdef uint64_t _unsigned(object number, str name, object kind) except? 0xFFFFFFFF
     value = PyLong_AsUnsignedLongLong(number)
     if value == <unsigned long long>-1 and PyErr_Occurred() != NULL:
         PyErr_Clear()
-        raise kind(f"{name} {number} is out of range; expected 0 .. 2**64 - 1")
+        # Python refuses to write out integers of thousands of digits.
+        shown = f"{number}" if number.bit_length() <= 256 else f"of {number.bit_length()} bits"
+        raise kind(f"{name} {shown} is out of range; expected 0 .. 2**64 - 1")
     return value
 
 
@@ -168,7 +170,9 @@ cdef dict _TWEAK_MODELS = {"xts": CSVF_TWEAK_XTS, "line": CSVF_TWEAK_LINE}
 cdef int _choice(dict choices, object value, str name) except -1:
     if isinstance(value, str) and value in choices:
         return choices[value]
-    raise errors.ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    # Only a text is shown: whatever else got here by mistake may be a key.
+    shown = repr(value) if isinstance(value, str) and len(value) <= 32 else type(value).__name__
+    raise errors.ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown}")
 
 
 # ---- Errors --------------------------------------------------------------------------------------------------------
@@ -272,8 +276,9 @@ def force_kernel(primitive, name):
     else:
         if not isinstance(name, str):
             raise TypeError(f"kernel name must be a str or None, not {type(name).__name__}")
-        encoded = name.encode()
-        status = csvf_force_kernel(index, encoded)
+        encoded = name.encode(errors="replace")
+        # C would read the name up to a NUL only.
+        status = csvf_force_kernel(index, encoded) if name in kernels(primitive) else CSVF_ERR_KERNEL
     if status != CSVF_OK:
         raise errors.KernelError(
             f"{primitive} has no kernel {name!r} that this CPU can run; expected one of "

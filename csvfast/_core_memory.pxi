@@ -45,9 +45,10 @@ cdef class Engine:
         config.tweak_model = _choice(_TWEAK_MODELS, tweak_model, "tweak_model")
         config.threads = <uint32_t>workers
         if config.base_address % CSVF_PAGE_BYTES != 0:
-            raise errors.AlignmentError(f"base_address {base_address:#x} is not a multiple of {CSVF_PAGE_BYTES}")
-        if config.base_address > <uint64_t>0xFFFFFFFFFFFFFFFF - <uint64_t>length + 1 and config.base_address != 0:
-            raise errors.AddressError(f"{length} bytes from base_address {base_address:#x} pass 2**64")
+            raise errors.AlignmentError(f"base_address {config.base_address:#x} is not a multiple of {CSVF_PAGE_BYTES}")
+        if config.base_address > <uint64_t>0xFFFFFFFFFFFFFFFF - <uint64_t>length:
+            raise errors.AddressError(
+                f"{length} bytes from base_address {config.base_address:#x} do not end below 2**64")
         if offset % CSVF_PAGE_BYTES != 0:
             raise errors.AlignmentError(f"file_offset {offset} is not a multiple of {CSVF_PAGE_BYTES}")
         if buffer is not None:
@@ -55,12 +56,10 @@ cdef class Engine:
                 raise errors.ArgumentError("the memory can stand on a buffer or on a file, not on both")
             _acquire(buffer, &self.owner, True, "buffer")
             self.owned = True
-            if self.owner.len != length:
-                raise errors.LengthError(f"buffer has {self.owner.len} bytes; expected {length}, the size of the memory")
-            if <size_t>self.owner.buf % CSVF_LINE_BYTES != 0:
-                raise errors.AlignmentError(
-                    f"buffer begins {<size_t>self.owner.buf % CSVF_LINE_BYTES} bytes past a 64-byte boundary; "
-                    "expected it on one (mmap and numpy's large arrays viewed from a page boundary are)")
+            problem = self.unfit_owner(length)
+            if problem is not None:
+                self.disown()
+                raise problem
             with nogil:
                 status = csvf_engine_create_on(&self.engine, self.owner.buf, length, &config)
                 number = errno
@@ -75,6 +74,8 @@ cdef class Engine:
             with nogil:
                 status = csvf_engine_create(&self.engine, length, &config)
                 number = errno
+        if status != CSVF_OK:
+            self.disown()
         if status == CSVF_ERR_SYSTEM:
             raise _system_error(number, f"making an encrypted memory of {length} bytes")
         if status != CSVF_OK:
@@ -86,11 +87,27 @@ cdef class Engine:
         self.standard = standard
         self.tweak_model = tweak_model
 
+    cdef object unfit_owner(self, Py_ssize_t length):
+        """The exception for a caller's buffer that cannot serve as DRAM, or None."""
+        cdef size_t past = <size_t>self.owner.buf % CSVF_LINE_BYTES
+        if self.owner.len != length:
+            return errors.LengthError(f"buffer has {self.owner.len} bytes; expected {length}, the size of the memory")
+        if past != 0:
+            return errors.AlignmentError(
+                f"buffer begins {past} bytes past a 64-byte boundary; expected it on one (mmap and numpy's large arrays "
+                "viewed from a page boundary are)")
+        return None
+
+    cdef void disown(self) noexcept:
+        """Gives a caller's buffer back, so that it can be resized again."""
+        if self.owned:
+            self.owned = False
+            PyBuffer_Release(&self.owner)
+
     def __dealloc__(self):
         # No view and no call can be alive here: each of them holds a reference to this object.
         csvf_engine_destroy(self.engine)
-        if self.owned:
-            PyBuffer_Release(&self.owner)
+        self.disown()
 
     def __reduce__(self):
         raise _no_pickle(self)
@@ -100,6 +117,16 @@ cdef class Engine:
     cdef int check(self) except -1:
         if self.engine == NULL:
             raise errors.ClosedError("the memory is closed" if self.shape else "the memory was never initialised")
+        return 0
+
+    cdef int acquire(self, object data, Py_buffer *view, bint writable, str name) except -1:
+        """A caller's buffer for this open memory. Checked again afterwards: giving a buffer may run Python code (from 3.12 on a
+        class's __buffer__), and that may close the memory."""
+        self.check()
+        _acquire(data, view, writable, name)
+        if self.engine == NULL:
+            PyBuffer_Release(view)
+            self.check()
         return 0
 
     def close(self):
@@ -116,9 +143,7 @@ cdef class Engine:
         self.engine = NULL
         with nogil:
             csvf_engine_destroy(engine)
-        if self.owned:
-            self.owned = False
-            PyBuffer_Release(&self.owner)
+        self.disown()
 
     @property
     def closed(self):
@@ -199,7 +224,7 @@ cdef class Engine:
             status = csvf_asid_install(self.engine, who, secret, length)
             csvf_wipe(secret, sizeof(secret))
         else:
-            _acquire(key, &view, False, "key")
+            self.acquire(key, &view, False, "key")
             length = view.len
             # The C library compares the length first, so a short buffer is never read past its end.
             status = csvf_asid_install(self.engine, who, <const uint8_t *>view.buf, length)
@@ -278,8 +303,7 @@ cdef class Engine:
         cdef Py_buffer view
         cdef Py_ssize_t length
         cdef int status
-        self.check()
-        _acquire(data, &view, False, "data")
+        self.acquire(data, &view, False, "data")
         length = view.len
         if length < GIL_BYTES:
             status = csvf_write(self.engine, who, place, view.buf, length)
@@ -327,8 +351,7 @@ cdef class Engine:
         cdef Py_buffer view
         cdef Py_ssize_t length
         cdef int status
-        self.check()
-        _acquire(out, &view, True, "out")
+        self.acquire(out, &view, True, "out")
         length = view.len
         if length < GIL_BYTES:
             status = csvf_read(self.engine, view.buf, length, who, place)
@@ -352,8 +375,7 @@ cdef class Engine:
         cdef Py_buffer view
         cdef Py_ssize_t length
         cdef int status
-        self.check()
-        _acquire(data, &view, False, "data")
+        self.acquire(data, &view, False, "data")
         length = view.len
         if length % CSVF_PAGE_BYTES != 0:
             PyBuffer_Release(&view)
@@ -381,6 +403,7 @@ cdef class Engine:
             raise errors.AddressError(
                 f"count is {pages} pages; the memory has {self.shape // CSVF_PAGE_BYTES}")
         output = _Output.make(out, pages * CSVF_PAGE_BYTES)
+        self.check()  # again: making it may run the garbage collector, and with it anybody's finalizer
         self.calls += 1
         with nogil:
             status = csvf_read_pages(self.engine, output.data, pages, who, frame)
@@ -404,8 +427,7 @@ cdef class Engine:
         cdef Py_buffer view
         cdef Py_ssize_t length
         cdef int status = CSVF_OK
-        self.check()
-        _acquire(data, &view, False, "data")
+        self.acquire(data, &view, False, "data")
         length = view.len
         if length == CSVF_LINE_BYTES:
             status = csvf_write_line(self.engine, who, place, <const uint8_t *>view.buf)

@@ -59,7 +59,9 @@ static int create_parts(csvf_engine **result, size_t size, const csvf_config *co
     if (status == CSVF_OK && settings.threads > 1)
         status = csvf_pool_create(&engine->pool, settings.threads);
     if (status != CSVF_OK) {
+        const int saved = errno;
         csvf_engine_destroy(engine);
+        errno = saved;
         return status;
     }
     *result = engine;

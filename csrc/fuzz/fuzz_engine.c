@@ -19,6 +19,7 @@ typedef struct model {
     uint8_t installed[ASIDS];
     uint64_t generation[ASIDS];
     uint64_t base;
+    int standard, is_line_model;
 } model;
 
 /* What ASID `asid` must see in [offset, offset + length), computed from the raw bytes without the engine. */
@@ -32,6 +33,13 @@ static void expected_view(const model *m, const uint8_t *dram, uint8_t *view, ui
         const uint8_t *raw = dram + (at - in_page);
         if (asid == 0)
             memcpy(page, raw, 4096);
+        else if (m->is_line_model)
+            for (size_t block = 0; block < 4096; block += 16) {
+                uint8_t tweak[16] = {0};
+                for (int byte = 0; byte < 8; byte++)
+                    tweak[byte] = (uint8_t)((m->base + (at - in_page) + block) / 64 >> 8 * byte);
+                CHECK(csvf_xts_decrypt_unit(&m->key[asid], page + block, raw + block, 16, tweak) == CSVF_OK);
+            }
         else
             CHECK(csvf_xts_decrypt(&m->key[asid], page, raw, 4096, 4096, (m->base + at) / 4096) == CSVF_OK);
         memcpy(view + done, page + in_page, take);
@@ -94,7 +102,7 @@ static void step(model *m, csvf_engine *engine, uint8_t operation, const uint8_t
     memcpy(before, csvf_engine_dram(engine), SIZE);
     uint8_t key[32];
     int status;
-    switch (operation % 8) {
+    switch (operation % 16 == 13 ? 8 : operation % 8) {
     case 0:
         memset(key, fill, 32);
         key[31] = (uint8_t)(fill + (length & 1));
@@ -102,7 +110,7 @@ static void step(model *m, csvf_engine *engine, uint8_t operation, const uint8_t
         if (asid == 0 || asid >= ASIDS) { CHECK(status == CSVF_ERR_ASID); break; }
         if (m->installed[asid]) { CHECK(status != CSVF_OK); break; }
         if (!(length & 1)) { CHECK(status == CSVF_ERR_KEY); break; }
-        CHECK(status == CSVF_OK && csvf_xts_init(&m->key[asid], key, CSVF_STANDARD_GB) == CSVF_OK);
+        CHECK(status == CSVF_OK && csvf_xts_init(&m->key[asid], key, m->standard) == CSVF_OK);
         m->installed[asid] = 1;
         m->generation[asid]++;
         break;
@@ -149,6 +157,20 @@ static void step(model *m, csvf_engine *engine, uint8_t operation, const uint8_t
             wrote(m, before, asid, (size_t)(pfn * 4096 - m->base), bytes, count * 4096);
         break;
     }
+    case 8: {
+        uint64_t pfn = address / 4096;
+        size_t count = length / 64;    /* 8 selects short lengths */
+        inside = pfn >= m->base / 4096 && pfn - m->base / 4096 <= PAGES && count <= PAGES - (pfn - m->base / 4096);
+        memset(seen, 0x5A, sizeof seen);
+        status = csvf_read_pages(engine, seen, count, asid, pfn);
+        CHECK((status == CSVF_OK) == (can && inside));
+        if (status == CSVF_OK) {
+            expected_view(m, before, bytes, asid, (size_t)(pfn * 4096 - m->base), count * 4096);
+            CHECK(memcmp(seen, bytes, count * 4096) == 0);
+        }
+        CHECK(seen[status == CSVF_OK ? count * 4096 : 0] == 0x5A);
+        break;
+    }
     case 6:
         inside = address >= m->base && address - m->base <= SIZE - 64;
         for (size_t i = length; i < 64; i++)
@@ -162,14 +184,25 @@ static void step(model *m, csvf_engine *engine, uint8_t operation, const uint8_t
         break;
     default: {
         csvf_sm3 sm3;
-        uint8_t digest[32], expected[32];
+        uint8_t digest[32], expected[32], pages[PAGES * 32];
+        const int linear = fill & 1, tree = fill & 2;
+        size_t unit = tree ? 4096 : 16;
+        if (fill & 4) {     /* mostly aligned, or hardly any call would pass */
+            address -= address % unit, length -= length % unit;
+            inside = address >= m->base && address - m->base <= SIZE && length <= SIZE - (address - m->base);
+            offset = (size_t)(address - m->base);
+        }
         csvf_sm3_init(&sm3);
-        status = csvf_launch_update(engine, &sm3, NULL, asid, address, length);
-        CHECK((status == CSVF_OK) == (can && asid != 0 && inside && address % 16 == 0 && length % 16 == 0));
+        status = csvf_launch_update(engine, linear ? &sm3 : NULL, tree ? pages : NULL, asid, address, length);
+        CHECK((status == CSVF_OK) == (can && asid != 0 && inside && address % unit == 0 && length % unit == 0));
         if (status == CSVF_OK) {
             csvf_sm3_final(&sm3, digest);
-            csvf_sm3_digest(expected, before + offset, length);
+            csvf_sm3_digest(expected, before + offset, linear ? length : 0);
             CHECK(memcmp(digest, expected, 32) == 0);
+            for (size_t i = 0; tree && i < length / 4096; i++) {
+                csvf_sm3_digest(expected, before + offset + 4096 * i, 4096);
+                CHECK(memcmp(pages + 32 * i, expected, 32) == 0);
+            }
             wrote(m, before, asid, offset, before + offset, length);
         }
     }
@@ -185,7 +218,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     csvf_engine *engine = NULL;
     memset(&m, 0, sizeof m);
     config.base_address = m.base = take(&data, &size, 1) * 4096;
-    config.threads = take(&data, &size, 1) % 8 == 0 ? 2 : 1;
+    const unsigned settings = (unsigned)take(&data, &size, 1);
+    config.threads = settings % 8 == 0 ? 2 : 1;
+    config.standard = m.standard = settings >> 3 & 1;
+    config.tweak_model = m.is_line_model = settings >> 4 & 1;
     CHECK(csvf_engine_create(&engine, SIZE, &config) == CSVF_OK);
     for (int steps = 0; size && steps < 24; steps++)
         step(&m, engine, (uint8_t)take(&data, &size, 1), &data, &size);

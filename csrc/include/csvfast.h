@@ -18,6 +18,12 @@
  *                    numbers and kernel names are public.
  *   Threads          each block says: PURE (safe from any thread at any time), PER-OBJECT (safe while no other thread
  *                    uses the same object), SHARED (many threads may use the same object at once).
+ *   Fork             the child of a fork may use and destroy what it inherits; work then runs in the calling thread. Not so
+ *                    if another thread was inside a call on the same engine or pool at the moment of the fork: its locks
+ *                    and pins stay taken for ever in the child.
+ *   Signals          no function may be called from a signal handler but csvf_wipe and csvf_equal, and no thread may be
+ *                    cancelled or leave by longjmp inside a call. Worker threads block every signal sent to the process.
+ *   Machine          64-bit little-endian CPUs; on others it does not compile. Linux and other systems with mmap and POSIX threads.
  *
  * Standards: SM3 GB/T 32905-2016, SM4 GB/T 32907-2016, modes GB/T 17964-2021 and IEEE 1619-2018, HMAC RFC 2104, GCM NIST SP 800-38D / RFC 8998,
  * KDF GB/T 32918.4-2016 5.4.3 (= ANSI X9.63).
@@ -58,7 +64,7 @@ extern "C" {
 typedef enum csvf_status {
     CSVF_OK = 0,
     CSVF_ERR_ARGUMENT = -1,     /* a NULL pointer, an unknown constant, an argument outside its documented set */
-    CSVF_ERR_LENGTH = -2,       /* a length is too short, too long, or not the multiple it must be */
+    CSVF_ERR_LENGTH = -2,       /* a length is too short, too long, or not the multiple it must be; a file is too short */
     CSVF_ERR_RANGE = -3,        /* an address or span lies outside the memory, or a unit number would wrap */
     CSVF_ERR_ALIGNMENT = -4,    /* an address is not on the boundary the call needs */
     CSVF_ERR_OVERLAP = -5,      /* OUT and IN overlap without being equal */
@@ -142,7 +148,7 @@ CSVF_API void csvf_sm3_final(csvf_sm3 *sm3, uint8_t digest[32]);
 CSVF_API void csvf_sm3_digest(uint8_t digest[32], const void *data, size_t length);
 
 /* SM3 of many independent messages, in vector lanes.
- *   Out: digests   32 * count bytes
+ *   Out: digests   32 * count bytes, not overlapping the input
  *   In:  data      count pointers (one may be NULL where its length is 0)
  *        lengths   count lengths in bytes; they may differ
  * PURE. */
@@ -163,7 +169,7 @@ CSVF_API void csvf_hmac_sm3_update(csvf_hmac_sm3 *hmac, const void *data, size_t
 CSVF_API void csvf_hmac_sm3_final(csvf_hmac_sm3 *hmac, uint8_t mac[32]);
 
 /* X9.63 key derivation with SM3: OUT = SM3(secret || BE32(1)) || SM3(secret || BE32(2)) || ... cut to out_length.
- * Returns: CSVF_OK, CSVF_ERR_LENGTH (out_length over 32 * (2^32 - 1)). PURE. */
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (out_length over 32 * (2^32 - 1)). PURE. */
 CSVF_API CSVF_MUST_CHECK int csvf_sm3_kdf(uint8_t *out, size_t out_length, const uint8_t *secret, size_t secret_length);
 
 /* ---- SM4: CTR and GCM --------------------------------------------------------------------------------------------- */
@@ -178,7 +184,9 @@ CSVF_API CSVF_MUST_CHECK int csvf_sm4_ctr_init(csvf_sm4_ctr *ctr, const uint8_t 
 CSVF_API CSVF_MUST_CHECK int csvf_sm4_ctr_crypt(csvf_sm4_ctr *ctr, uint8_t *out, const uint8_t *in, size_t length);
 
 /* SM4-GCM. init takes the key once; one-shot calls leave the object reusable. Nonce 1 or more bytes (12 recommended), tag 12..16 (or 4, 8)
- * bytes. Decryption verifies before it releases: on a wrong tag OUT is wiped and CSVF_ERR_AUTHENTICATION returned.
+ * bytes. At most 2^36 - 32 bytes of data a call, and less than 2^61 of nonce and of AAD (else CSVF_ERR_LENGTH). The tag, nonce and
+ * AAD may not overlap OUT, nor on encryption the tag any input. Decryption verifies before it releases: on a wrong tag OUT is
+ * wiped and CSVF_ERR_AUTHENTICATION returned. A nonce must never be used twice under one key; nothing here can notice.
  * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_OVERLAP, CSVF_ERR_AUTHENTICATION.
  * init: PER-OBJECT. encrypt, decrypt: SHARED (the object is read only). */
 CSVF_API CSVF_MUST_CHECK int csvf_sm4_gcm_init(csvf_sm4_gcm *gcm, const uint8_t key[16]);
@@ -218,7 +226,8 @@ CSVF_API CSVF_MUST_CHECK int csvf_xts_encrypt(const csvf_xts *xts, uint8_t *out,
 CSVF_API CSVF_MUST_CHECK int csvf_xts_decrypt(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length,
                                               size_t unit_size, uint64_t first_unit);
 
-/* One data unit of 16 bytes to CSVF_XTS_UNIT_MAX under a tweak input given as 16 raw bytes (the "IV" of other libraries).
+/* One data unit of 16 bytes to CSVF_XTS_UNIT_MAX under a tweak input given as 16 raw bytes (the "IV" of other libraries), which may
+ * not overlap OUT.
  * Returns: as csvf_xts_encrypt. SHARED. */
 CSVF_API CSVF_MUST_CHECK int csvf_xts_encrypt_unit(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t length,
                                                    const uint8_t tweak[16]);
@@ -236,7 +245,7 @@ CSVF_API CSVF_MUST_CHECK int csvf_xts_decrypt_span(const csvf_xts *xts, uint8_t 
                                                    uint64_t unit, size_t offset);
 
 /* Many scattered 64-byte lines of 4096-byte units in one call. Line i stands at in + 64 i and goes to out + 64 i; its
- * place in memory is the byte address addresses[i] (a multiple of 64): unit = address / 4096.
+ * place in memory is the byte address addresses[i] (a multiple of 64): unit = address / 4096. OUT may not overlap the addresses.
  * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ALIGNMENT, CSVF_ERR_OVERLAP. SHARED. */
 CSVF_API CSVF_MUST_CHECK int csvf_xts_encrypt_lines(const csvf_xts *xts, uint8_t *out, const uint8_t *in,
                                                     const uint64_t *addresses, size_t count);
@@ -258,19 +267,21 @@ typedef struct csvf_config {
     uint32_t asid_max;      /* highest ASID, 1 .. 65535. 0 = 509 */
     int standard;           /* csvf_standard */
     int tweak_model;        /* csvf_tweak_model */
-    uint32_t threads;       /* worker threads for bulk calls. 0 or 1 = none: everything runs in the calling thread */
+    uint32_t threads;       /* threads of a bulk call, the caller counted, at most 1024. 0 or 1 = everything runs in the calling thread */
 } csvf_config;
 
 typedef struct csvf_engine csvf_engine;
 
+/* Bytes count where they really go through SM4: an access to part of a 16-byte block counts the whole block, an unaligned write counts
+ * its edge blocks (a short one all its blocks) as decrypted too, launch calls count as encryption. Refused calls count nothing. */
 typedef struct csvf_stats {
     size_t struct_size;             /* in: sizeof(csvf_stats) */
     uint64_t bytes_encrypted;       /* through SM4, under a guest's ASID */
     uint64_t bytes_decrypted;
-    uint64_t bytes_host;            /* moved unencrypted by ASID 0 or raw calls */
+    uint64_t bytes_host;            /* moved unencrypted by calls of ASID 0; access through csvf_engine_dram is not seen */
     uint64_t read_modify_writes;    /* edge blocks read, merged and written again by unaligned writes */
-    uint64_t tweak_hits;            /* page tweaks found in the tweak cache */
-    uint64_t tweak_misses;
+    uint64_t tweak_hits;            /* tweaks of single pages (line model: single lines) found in the tweak cache; bulk calls make */
+    uint64_t tweak_misses;          /* theirs together and count in neither */
     uint64_t keys_installed;        /* since creation */
     uint64_t keys_removed;
     uint32_t asids_active;          /* ASIDs with a key now */
@@ -278,57 +289,59 @@ typedef struct csvf_stats {
 
 /* Makes an engine over memory it allocates (zeroed, page aligned, huge pages where the system gives them).
  *   Out: engine   *engine is set on success, NULL on failure
- *   In:  size     bytes of DRAM, a multiple of 4096, at least 4096
- *        config   NULL = defaults
+ *   In:  size     bytes of DRAM, a multiple of 4096, at least 4096; base_address + size must stay below 2^64
+ *        config   NULL = defaults. One of a newer version (a longer struct) is accepted if what this one does not know is zero
  * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_ALIGNMENT, CSVF_ERR_MEMORY, CSVF_ERR_SYSTEM. PURE. */
 CSVF_API CSVF_MUST_CHECK int csvf_engine_create(csvf_engine **engine, size_t size, const csvf_config *config);
 
 /* The same over memory the caller owns and keeps alive until csvf_engine_destroy (gem5's backing store, a QEMU RAM file,
- * Unicorn's mem_map_ptr). dram must be aligned to 64 bytes. */
+ * Unicorn's mem_map_ptr). dram must be aligned to 64 bytes. What stands in it is kept. */
 CSVF_API CSVF_MUST_CHECK int csvf_engine_create_on(csvf_engine **engine, void *dram, size_t size,
                                                    const csvf_config *config);
 
 /* The same over a shared mapping of a file from offset (a multiple of 4096) on; the file must already be offset + size long. The
- * descriptor may be closed afterwards. */
+ * descriptor may be closed afterwards. Should somebody cut the file later, or the file system run full while a hole is filled, the
+ * access raises SIGBUS, as for every shared mapping: allocate the file (posix_fallocate) and keep others off it. */
 CSVF_API CSVF_MUST_CHECK int csvf_engine_create_file(csvf_engine **engine, int fd, uint64_t offset, size_t size,
                                                      const csvf_config *config);
 
 /* Wipes every key, ends worker threads, unmaps what the engine mapped. NULL is allowed. The DRAM keeps its ciphertext when the
- * caller or a file owns it. No other call may be running. */
+ * caller or a file owns it. No other call on the engine may be running. */
 CSVF_API void csvf_engine_destroy(csvf_engine *engine);
 
-/* The DRAM as the host sees it: ciphertext of every guest, plaintext of ASID 0. Valid until destroy. PURE. */
+/* The DRAM as the host sees it: ciphertext of every guest, plaintext of ASID 0. Valid until destroy. NULL or 0 for a NULL engine. PURE. */
 CSVF_API uint8_t *csvf_engine_dram(csvf_engine *engine);
 CSVF_API size_t csvf_engine_size(const csvf_engine *engine);
 CSVF_API uint64_t csvf_engine_base(const csvf_engine *engine);
 
 /* Writes a file-backed engine's DRAM to its file (msync); does nothing for the others. SHARED.
- * Returns: CSVF_OK, CSVF_ERR_SYSTEM. */
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_SYSTEM. */
 CSVF_API CSVF_MUST_CHECK int csvf_engine_sync(csvf_engine *engine);
 
 /* Installs a key. The engine keeps only its expanded form. The ASID's generation rises by one.
  *   In: asid   1 .. asid_max (0 is the host and never encrypted)
  *       key    K1 || K2
- * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (key_length is not 32), CSVF_ERR_KEY, CSVF_ERR_ASID, CSVF_ERR_BUSY.
- * SHARED. */
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (key_length is not 32), CSVF_ERR_KEY, CSVF_ERR_ASID, CSVF_ERR_BUSY (it
+ * has a key, or one is being installed or removed right now). SHARED. */
 CSVF_API CSVF_MUST_CHECK int csvf_asid_install(csvf_engine *engine, uint32_t asid, const uint8_t *key,
                                                size_t key_length);
 
 /* Removes and wipes a key, its cached tweaks too; waits for accesses under way with it. After the return no thread can use the
- * key. Returns: CSVF_OK, CSVF_ERR_ASID. SHARED. */
+ * key. Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ASID. SHARED. */
 CSVF_API CSVF_MUST_CHECK int csvf_asid_remove(csvf_engine *engine, uint32_t asid);
 
 /* Out: *generation = how many keys this ASID has had (0 = none yet); *installed = 1 if it has one now. Either may be NULL.
- * Returns: CSVF_OK, CSVF_ERR_ASID. SHARED. */
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ASID. SHARED. */
 CSVF_API CSVF_MUST_CHECK int csvf_asid_state(const csvf_engine *engine, uint64_t *generation, int *installed,
                                              uint32_t asid);
 
 /* Memory access as the guest `asid` (C-bit set); asid 0 is the host and moves bytes as they are. Addresses are system physical
  * bytes. Reading what another ASID wrote gives noise and CSVF_OK, as on the hardware.
  *
- * SHARED: any number of threads may call these on one engine. Accesses of different threads to different bytes are each done in full,
- * also when the bytes share a 16-byte block. When threads write the same bytes at once without agreement, those blocks
- * end as one of the values or as noise, never anything else.
+ * SHARED: any number of threads may call these on one engine. Accesses of different threads under one ASID to different bytes are
+ * each done in full, also when the bytes share a 16-byte block (encrypt_in_place and launch take whole blocks: theirs must be
+ * nobody else's meanwhile). When threads write the same bytes at once without agreement, or under different ASIDs the same block,
+ * those blocks end as one of the values or as noise, never anything else.
  *
  *   write, read   any address, any length; edge blocks of writes are read, merged and encrypted again
  *   write_pages,  whole pages from page frame pfn on; with threads > 1 in the config large runs use the workers
@@ -366,8 +379,9 @@ CSVF_API CSVF_MUST_CHECK int csvf_engine_stats(const csvf_engine *engine, csvf_s
 
 typedef struct csvf_pool csvf_pool;
 
-/* threads >= 1, the calling thread counted. Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_MEMORY, CSVF_ERR_SYSTEM. */
+/* threads 1 .. 1024, the calling thread counted. *pool is NULL on failure. Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_MEMORY, CSVF_ERR_SYSTEM. */
 CSVF_API CSVF_MUST_CHECK int csvf_pool_create(csvf_pool **pool, uint32_t threads);
+/* Ends the workers. NULL is allowed. No call may be using the pool. */
 CSVF_API void csvf_pool_destroy(csvf_pool *pool);
 
 /* csvf_xts_encrypt / _decrypt and csvf_sm3_blocks with the work split over the pool's threads. NULL pool = calling thread only.

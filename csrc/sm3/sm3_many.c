@@ -117,6 +117,8 @@ static void enter_tail(crowd *c, size_t slot)
 static void start_message(crowd *c, size_t slot, size_t message)
 {
     const size_t whole = c->lengths[message] / 64;
+    __builtin_prefetch(c->data[message]);
+    __builtin_prefetch(c->data[message] + (whole > 1 ? 64 : 0));
     c->lanes[slot] = (lane){.at = c->data[message], .blocks = whole, .message = message, .in_tail = 0};
     store_column(c->state, c->width, slot, csvf__sm3_iv);
     if (whole == 0)
@@ -132,6 +134,7 @@ static void close_gap(crowd *c, size_t slot)
         return;
     load_column(h, c->state, c->width, last);
     store_column(c->state, c->width, slot, h);
+    csvf__wipe(h, sizeof h);
     c->lanes[slot] = c->lanes[last];
     if (c->lanes[slot].in_tail) {
         memcpy(c->tails[slot], c->tails[last], sizeof c->tails[slot]);
@@ -163,6 +166,7 @@ static void advance(crowd *c, lanes_function compress)
                 uint32_t h[8];
                 load_column(h, c->state, c->width, i);
                 csvf__sm3_store_digest(c->digests + 32 * l->message, h);
+                csvf__wipe(h, sizeof h);
                 if (c->heap_size == 0) {
                     close_gap(c, i);
                     continue; /* slot i now holds another lane, not yet moved on */
@@ -222,6 +226,7 @@ void csvf_sm3_many(uint8_t *digests, const uint8_t *const *data, const size_t *l
             single->compress(h, c.lanes[i].at, c.lanes[i].blocks);
         }
         csvf__sm3_store_digest(digests + 32 * c.lanes[i].message, h);
+        csvf__wipe(h, sizeof h);
     }
     csvf__wipe(c.state, sizeof c.state);
     csvf__wipe(c.tails, sizeof c.tails);
@@ -273,9 +278,18 @@ static void one_lane(uint32_t *state, const uint8_t *const *data, size_t blocks)
     csvf__sm3()->compress(state, data[0], blocks);
 }
 
-/* Hashes `live` consecutive blocks, at most `width`. */
+/* Asks for the first two cache lines of every block of the next group: all of them miss at once, where the kernel would wait. */
+static void prefetch_group(const uint8_t *blocks, size_t block_length, size_t live)
+{
+    for (size_t l = 0; l < live; l++) {
+        __builtin_prefetch(blocks + l * block_length);
+        __builtin_prefetch(blocks + l * block_length + (block_length > 64 ? 64 : 0));
+    }
+}
+
+/* Hashes `live` consecutive blocks, at most `width`; `coming` more blocks will follow them next. */
 static void hash_group(uint8_t *digests, const layout *p, const uint8_t *blocks, size_t block_length, size_t live,
-                       size_t width, lanes_function compress)
+                       size_t coming, size_t width, lanes_function compress)
 {
     uint32_t state[8 * MOST_LANES];
     uint8_t staged[MOST_LANES][128];
@@ -309,12 +323,14 @@ static void hash_group(uint8_t *digests, const layout *p, const uint8_t *blocks,
         for (size_t l = 0; l < width; l++)
             data[l] = p->tail;
     }
+    prefetch_group(blocks + live * block_length, block_length, coming);
     compress(state, data, p->tail_blocks);
 
     for (size_t l = 0; l < live; l++) {
         uint32_t h[8];
         load_column(h, state, width, l);
         csvf__sm3_store_digest(digests + 32 * l, h);
+        csvf__wipe(h, sizeof h);
     }
     csvf__wipe(state, sizeof *state * 8 * width);
     csvf__wipe(staged, sizeof *staged * live);
@@ -335,7 +351,9 @@ int csvf_sm3_blocks(uint8_t *digests, const uint8_t *prefix, size_t prefix_lengt
     plan(&p, csvf__sm3(), prefix, prefix_length, block_length);
     while (count) {
         const size_t width = best_width(kernel, count), live = count < width ? count : width;
-        hash_group(digests, &p, data, block_length, live, width, width == 1 ? one_lane : function_of_width(kernel, width));
+        const size_t coming = count - live < width ? count - live : width;
+        hash_group(digests, &p, data, block_length, live, coming, width,
+                   width == 1 ? one_lane : function_of_width(kernel, width));
         digests += 32 * live;
         data += live * block_length;
         count -= live;

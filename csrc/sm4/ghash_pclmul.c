@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "../cpu.h"
+#include "../include/csvfast.h"
 #include "ghash_kernel.h"
 
 enum { WIDTH = 8 };
@@ -67,6 +68,8 @@ static void init(csvf_ghash_key *key, const uint8_t h[16])
     }
     memcpy((char *)key + offsetof(powers, power), power, sizeof power);
     memcpy((char *)key + offsetof(powers, sum), sum, sizeof sum);
+    csvf_wipe(power, sizeof power);
+    csvf_wipe(sum, sizeof sum);
 }
 
 static void update(const csvf_ghash_key *key, uint8_t y[16], const uint8_t *data, size_t blocks)

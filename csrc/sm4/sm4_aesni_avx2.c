@@ -179,7 +179,7 @@ ALWAYS_INLINE void substitute_key(__m128i z, __m128i y[4])
 #include "sm4_avx2_template.h"
 
 const csvf_sm4_kernel csvf__sm4_aesni_avx2 = {
-    "aesni-avx2", CSVF_CPU_AES | CSVF_CPU_AVX2 | CSVF_CPU_BMI2, expand, ecb, ctr, xts, xex, tweaks,
+    "aesni-avx2", CSVF_CPU_AES | CSVF_CPU_AVX2 | CSVF_CPU_BMI2, expand, ecb, ctr, xts, xex, tweaks, NULL,
 };
 
 #include "../target_end.h"

@@ -32,8 +32,8 @@ ALWAYS_INLINE __m256i times_alpha(int standard, __m256i x, __m256i n)
 
 /* ---- Byte-sliced: byte k of 32 tweaks in t[k]; the byte at position j of lane l is that of tweak 2 j + l ---------------------- */
 
-/* t = tweak, tweak alpha, ..., tweak alpha^31. */
-static void sliced_tweaks(int standard, __m256i t[16], const uint8_t tweak[16])
+/* t = tweak, tweak alpha, ..., tweak alpha^31. Not inlined: see burn_stack. */
+static __attribute__((noinline)) void sliced_tweaks(int standard, __m256i t[16], const uint8_t tweak[16])
 {
     const fold f = fold_of(standard);
     __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)tweak)), first[4];

@@ -8,7 +8,7 @@
 enum { BLOCK = 16 };
 
 /* What csvf_sm4_ctr.opaque holds. */
-typedef struct ctr_state {
+typedef struct __attribute__((may_alias)) ctr_state {
     const csvf_sm4_kernel *kernel;
     csvf_sm4_schedule schedule;
     uint8_t counter[BLOCK];     /* of the next whole block */

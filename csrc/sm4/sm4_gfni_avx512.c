@@ -59,6 +59,10 @@ INLINE __mmask16 row_mask(size_t blocks, size_t i)
 #include "sm4_gfni_avx512_sliced.h"
 #include "sm4_gfni_avx512_words.h"
 #include "sm4_gfni_avx512_page.h"
+#include "sm4_gfni_avx512_lines.h"
+
+/* What a pair of groups has to prefetch of its output: nothing new if the input stands there. */
+INLINE uintptr_t to_write(const uint8_t *out, const uint8_t *in) { return (uintptr_t)(out == in ? in + AHEAD : out); }
 
 /* Loading and storing with the choices that matter fixed at compile time; groups that are not full share one slower copy. */
 NOINLINE void load_plain(const csvf_sm4_schedule *schedule, group *g, const uint8_t *in)
@@ -133,14 +137,14 @@ INLINE void xex_blocks(const csvf_sm4_schedule *schedule, uint8_t *out, const ui
         if (tweaks) {
             load_unsliced(schedule, &g[0], in, tweaks);
             load_unsliced(schedule, &g[1], in + GROUP_BYTES, tweaks + GROUP_BYTES);
-            rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in + AHEAD);
+            rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in + AHEAD, to_write(out, in));
             store_unsliced(schedule, out, &g[0], tweaks);
             store_unsliced(schedule, out + GROUP_BYTES, &g[1], tweaks + GROUP_BYTES);
             tweaks += 2 * GROUP_BYTES;
         } else {
             load_plain(schedule, &g[0], in);
             load_plain(schedule, &g[1], in + GROUP_BYTES);
-            rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in + AHEAD);
+            rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in + AHEAD, to_write(out, in));
             store_plain(schedule, out, &g[0]);
             store_plain(schedule, out + GROUP_BYTES, &g[1]);
         }
@@ -151,7 +155,7 @@ INLINE void xex_blocks(const csvf_sm4_schedule *schedule, uint8_t *out, const ui
         const uint8_t *rest_tweaks = tweaks ? tweaks + GROUP_BYTES : NULL;
         load_part(schedule, &g[0], in, GROUP_BLOCKS, NULL, tweaks);
         load_part(schedule, &g[1], in + GROUP_BYTES, rest, NULL, rest_tweaks);
-        rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in);
+        rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in, to_write(out, in));
         store_part(schedule, out, &g[0], GROUP_BLOCKS, NULL, tweaks);
         store_part(schedule, out + GROUP_BYTES, &g[1], rest, NULL, rest_tweaks);
         blocks = 0;
@@ -238,7 +242,7 @@ static void ctr(const csvf_sm4_schedule *schedule, uint8_t *out, const uint8_t *
     for (; blocks >= 2 * GROUP_BLOCKS; blocks -= 2 * GROUP_BLOCKS) {
         load_counters(schedule, &g[0], c);
         load_counters(schedule, &g[1], counter_add(c, GROUP_BLOCKS));
-        rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in + AHEAD);
+        rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in + AHEAD, to_write(out, in));
         store_unsliced(schedule, out, &g[0], in);
         store_unsliced(schedule, out + GROUP_BYTES, &g[1], in + GROUP_BYTES);
         in += 2 * GROUP_BYTES, out += 2 * GROUP_BYTES;
@@ -304,7 +308,8 @@ static void xts_long_runs(const csvf_sm4_schedule *schedule, int standard, uint8
             if (slot == 0) {
                 first_out = out, first_blocks = now;
             } else {
-                rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in + AHEAD);
+                rounds_of_two(schedule, g[0].state, g[1].state, (uintptr_t)in + AHEAD,
+                              out == in ? (uintptr_t)in + AHEAD : (uintptr_t)first_out);
                 store_xts(schedule, first_out, &g[0], first_blocks);
                 store_xts(schedule, out, &g[1], now);
             }
@@ -343,6 +348,20 @@ static void xts(const csvf_sm4_schedule *schedule, int standard, uint8_t *out, c
     csvf_wipe(expanded, 16 * run_blocks * at_once);
 }
 
+static void lines(const csvf_sm4_schedule *schedule, int standard, uint8_t *out, const uint8_t *in, const uint8_t *bases,
+                  const uint32_t *powers, size_t count)
+{
+    const size_t whole = count - count % PAGE_LINES, rest = count - whole;
+    if (whole)
+        lines_by_page(schedule, standard, out, in, bases, powers, whole);
+    if (rest) {
+        uint8_t tweaks[16 * LINE_BLOCKS * PAGE_LINES];
+        tweaks_of_runs(standard, tweaks, bases + 16 * whole, powers + whole, LINE_BLOCKS, rest);
+        xex_blocks(schedule, out + CSVF_LINE_BYTES * whole, in + CSVF_LINE_BYTES * whole, tweaks, LINE_BLOCKS * rest);
+        csvf_wipe(tweaks, 16 * LINE_BLOCKS * rest);
+    }
+}
+
 const csvf_sm4_kernel csvf__sm4_gfni_avx512 = {
     .name = "gfni-avx512",
     .features = CSVF_CPU_AVX2 | CSVF_CPU_BMI2 | CSVF_CPU_GFNI | CSVF_CPU_AVX512,
@@ -352,6 +371,7 @@ const csvf_sm4_kernel csvf__sm4_gfni_avx512 = {
     .xts = xts,
     .xex = xex,
     .tweaks = tweaks_of_runs,
+    .lines = lines,
 };
 
 #include "../target_end.h"

@@ -190,7 +190,7 @@ INLINE void store_group(const csvf_sm4_schedule *schedule, uint8_t *out, const V
 #define LOAD_MATRICES                                                                                                           \
     ASM_LINE("vpbroadcastq %[u], %%zmm24")                                                                                      \
     ASM_LINE("vpbroadcastq %[w], %%zmm25")
-#define PREFETCH(offset) ASM_LINE("prefetcht0 " #offset "(%[next])")
+#define PREFETCH(offset) ASM_LINE("prefetcht0 " #offset "(%[next])") ASM_LINE("prefetcht0 " #offset "(%[out])")
 #define ROUNDS_CLOBBERS                                                                                                         \
     "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",  \
         "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25",    \
@@ -212,8 +212,9 @@ NOINLINE void rounds_of_one(const csvf_sm4_schedule *schedule, V state[16])
                      : ROUNDS_CLOBBERS);
 }
 
-/* All rounds of two groups; prefetches 2 KiB from `next` on, 64 bytes in every round. */
-NOINLINE void rounds_of_two(const csvf_sm4_schedule *schedule, V first[16], V second[16], uintptr_t next)
+/* All rounds of two groups; prefetches 2 KiB from `next` and from `out` on, 64 bytes in every round. `out` is where the result will go, or `next`
+ * again if that is in the cache already. */
+NOINLINE void rounds_of_two(const csvf_sm4_schedule *schedule, V first[16], V second[16], uintptr_t next, uintptr_t out)
 {
     const uint32_t *key = schedule->words + KEY_SLICED, *end = key + 128;
     __asm__ volatile(LOAD_MATRICES EACH_REGISTER(LOAD_FIRST)
@@ -224,10 +225,10 @@ NOINLINE void rounds_of_two(const csvf_sm4_schedule *schedule, V first[16], V se
                      REGISTERS_1 MEMORY_1 PREFETCH(64)
                      REGISTERS_2 MEMORY_2 PREFETCH(128)
                      REGISTERS_3 MEMORY_3 PREFETCH(192)
-                     ASM_LINE("addq $64, %[key]") ASM_LINE("addq $256, %[next]")
+                     ASM_LINE("addq $64, %[key]") ASM_LINE("addq $256, %[next]") ASM_LINE("addq $256, %[out]")
                      ASM_LINE("cmpq %[end], %[key]") ASM_LINE("jne 1b")
                      EACH_REGISTER(STORE_FIRST)
-                     : [key] "+r"(key), [next] "+r"(next)
+                     : [key] "+r"(key), [next] "+r"(next), [out] "+r"(out)
                      : [end] "r"(end), [first] "r"(first), [second] "r"(second), [u] "m"(round_matrices[0]),
                        [w] "m"(round_matrices[1])
                      : ROUNDS_CLOBBERS);

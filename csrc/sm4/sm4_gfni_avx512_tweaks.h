@@ -56,8 +56,14 @@ INLINE V moved(V t, V low, V high, unsigned lane, unsigned m)
                _mm512_maskz_permutex2var_epi8(UINT64_C(0xfffefffefffefffe), _mm512_setzero_si512(), below, high));
 }
 
+#define FEW_TWEAKS 8u /* of one run: quicker in 64-bit arithmetic than the set-up of the vectors */
+
 static void tweaks_of_runs(int standard, uint8_t *out, const uint8_t *bases, const uint32_t *powers, size_t count, size_t runs)
 {
+    if (runs == 1 && count <= FEW_TWEAKS) {
+        csvf__sm4_tweaks_portable(standard, out, bases, powers, count, runs);
+        return;
+    }
     const tweak_matrices m = matrices_of(standard);
     const V lanes = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
     const tweak_shift first[2] = {shift_by(&m, lanes), shift_by(&m, _mm512_add_epi64(lanes, _mm512_set1_epi64(4)))};

@@ -1,4 +1,4 @@
-/* What an SM4 kernel is: a name, the CPU features it needs, and five functions over many independent blocks. Internal.
+/* What an SM4 kernel is: a name, the CPU features it needs, and functions over many independent blocks. Internal.
  *
  * Width is the kernel's business: every function takes any number of blocks, including 0 and 1. All functions are constant
  * time in keys, data and tweaks. `out` equals `in` or does not overlap it. No alignment is needed anywhere. */
@@ -38,6 +38,11 @@ typedef struct csvf_sm4_kernel {
     /* Tweaks of short runs: out[16 (i * count + j)] = bases[16 i ..] * alpha^(powers[i] + j), for i < runs, j < count.
      * powers may be NULL (all 0); each is public and below 2^20. out may not overlap bases. */
     void (*tweaks)(int standard, uint8_t *out, const uint8_t *bases, const uint32_t *powers, size_t count, size_t runs);
+
+    /* Optional; NULL = the caller makes it of `tweaks` and `xex`. Lines of four blocks: block j of line i has the tweak
+     * bases[16 i ..] * alpha^(powers[i] + j); each power is public, a multiple of 4 and below 256. */
+    void (*lines)(const csvf_sm4_schedule *schedule, int standard, uint8_t *out, const uint8_t *in, const uint8_t *bases,
+                  const uint32_t *powers, size_t count);
 } csvf_sm4_kernel;
 
 /* Compiled-in kernels, most preferred first, NULL-terminated (sm4/sm4.c). */

@@ -365,4 +365,4 @@ static void xts(const csvf_sm4_schedule *schedule, int standard, uint8_t *out, c
     csvf_wipe(&s, sizeof s);
 }
 
-const csvf_sm4_kernel csvf__sm4_portable = { "portable", 0, expand, ecb, ctr, xts, xex, csvf__sm4_tweaks_portable };
+const csvf_sm4_kernel csvf__sm4_portable = { "portable", 0, expand, ecb, ctr, xts, xex, csvf__sm4_tweaks_portable, NULL };

@@ -17,7 +17,7 @@ enum {
     UNIT_BATCH = 128,  /* unit tweaks encrypted in one call */
     LONG_RUN = 64,     /* from this many blocks on a run is worth a call of its own */
     CHUNK = 512,       /* blocks of scratch when short runs are collected */
-    LINE_BATCH = CHUNK / LINE_BLOCKS
+    LINE_BATCH = 256,  /* lines of which the page tweaks are encrypted in one call */
 };
 
 static const csvf_sm4_schedule *schedule_of(const csvf__xts *x, int decrypt)
@@ -77,6 +77,10 @@ void csvf__xts_span(const csvf_xts *xts, uint8_t *out, const uint8_t *in, size_t
     const csvf__xts *x = csvf__xts_of(xts);
     const csvf_sm4_schedule *schedule = schedule_of(x, decrypt);
     const uint32_t power = (uint32_t)first;
+    if (blocks >= LONG_RUN && first == 0) {
+        x->kernel->xts(schedule, x->standard, out, in, tweak, blocks, 1);
+        return;
+    }
     if (blocks >= LONG_RUN) {
         uint8_t start[BLOCK];
         x->kernel->tweaks(x->standard, start, tweak, &power, 1, 1);
@@ -197,8 +201,8 @@ static void stealing_units(const csvf__xts *x, uint8_t *out, const uint8_t *in, 
         memcpy(data + BLOCK * u, in + unit_size * u + last, BLOCK);
     }
     x->kernel->xex(schedule, data, data, early, units);
+    uint8_t stolen[BLOCK];
     for (size_t u = 0; u < units; u++) {
-        uint8_t stolen[BLOCK];
         memcpy(stolen, data + BLOCK * u, rest);
         memcpy(data + BLOCK * u, in + unit_size * u + last + BLOCK, rest);
         memcpy(out + unit_size * u + last + BLOCK, stolen, rest);
@@ -210,6 +214,7 @@ static void stealing_units(const csvf__xts *x, uint8_t *out, const uint8_t *in, 
     csvf_wipe(early, BLOCK * units);
     csvf_wipe(late, BLOCK * units);
     csvf_wipe(data, BLOCK * units);
+    csvf_wipe(stolen, rest);
 }
 
 /* Up to UNIT_BATCH consecutive units of any size, given their T_0. */
@@ -331,32 +336,44 @@ int csvf_xts_decrypt_span(const csvf_xts *xts, uint8_t *out, const uint8_t *in, 
     return crypt_span(xts, out, in, length, unit, offset, 1);
 }
 
+/* Lines from the first tweaks of their pages, by a kernel that has no call for that. */
+static void lines_of_blocks(const csvf__xts *x, uint8_t *out, const uint8_t *in, const uint8_t *bases, const uint32_t *powers,
+                            size_t count, int decrypt)
+{
+    uint8_t tweaks[BLOCK * LINE_BLOCKS * LINE_BATCH];
+    x->kernel->tweaks(x->standard, tweaks, bases, powers, LINE_BLOCKS, count);
+    x->kernel->xex(schedule_of(x, decrypt), out, in, tweaks, LINE_BLOCKS * count);
+    csvf_wipe(tweaks, CSVF_LINE_BYTES * count);
+}
+
 /* Up to LINE_BATCH lines. Neighbours in the list that lie in one page share the encryption of its tweak. */
 static void some_lines(const csvf_xts *xts, uint8_t *out, const uint8_t *in, const uint64_t *addresses, size_t count, int decrypt)
 {
     const csvf__xts *x = csvf__xts_of(xts);
-    uint8_t tweaks[BLOCK * CHUNK], bases[BLOCK * LINE_BATCH], page_tweaks[BLOCK * LINE_BATCH];
-    uint64_t pages[LINE_BATCH];
+    uint8_t bases[BLOCK * LINE_BATCH], page_tweaks[BLOCK * LINE_BATCH];
     uint32_t powers[LINE_BATCH];
     uint16_t page_of[LINE_BATCH];
     size_t distinct = 0;
+    uint64_t before = UINT64_MAX;   /* no page has this number */
     for (size_t i = 0; i < count; i++) {
         const uint64_t page = addresses[i] / CSVF_PAGE_BYTES;
-        if (distinct == 0 || pages[distinct - 1] != page)
-            pages[distinct++] = page;
+        distinct += page != before;
+        before = page;
+        put_unit(page_tweaks + BLOCK * (distinct - 1), page);
         page_of[i] = (uint16_t)(distinct - 1);
         powers[i] = (uint32_t)(addresses[i] % CSVF_PAGE_BYTES / BLOCK);
     }
-    csvf__xts_unit_tweaks(xts, page_tweaks, pages, distinct);
+    x->kernel->ecb(&x->tweak, page_tweaks, page_tweaks, distinct);
     const uint8_t *each = page_tweaks;
     if (distinct != count) {
         for (size_t i = 0; i < count; i++)
             memcpy(bases + BLOCK * i, page_tweaks + BLOCK * page_of[i], BLOCK);
         each = bases;
     }
-    x->kernel->tweaks(x->standard, tweaks, each, powers, LINE_BLOCKS, count);
-    x->kernel->xex(schedule_of(x, decrypt), out, in, tweaks, LINE_BLOCKS * count);
-    csvf_wipe(tweaks, CSVF_LINE_BYTES * count);
+    if (x->kernel->lines)
+        x->kernel->lines(schedule_of(x, decrypt), x->standard, out, in, each, powers, count);
+    else
+        lines_of_blocks(x, out, in, each, powers, count, decrypt);
     csvf_wipe(bases, each == bases ? BLOCK * count : 0);
     csvf_wipe(page_tweaks, BLOCK * distinct);
 }

@@ -5,14 +5,16 @@
 #include "../include/csvfast.h"
 #include "sm4_kernel.h"
 
-/* What csvf_xts.opaque holds. The kernel is fixed at init, so csvf_force_kernel never changes a live key. */
-typedef struct csvf__xts {
+/* What csvf_xts.opaque holds. The kernel is fixed at init, so csvf_force_kernel never changes a live key. may_alias: callers copy the
+ * opaque words with '=', which a compiler that sees both sides could otherwise move past these fields. */
+typedef struct __attribute__((may_alias)) csvf__xts {
     const csvf_sm4_kernel *kernel;
     int standard;
     csvf_sm4_schedule encrypt, decrypt, tweak;
 } csvf__xts;
 
 _Static_assert(sizeof(csvf__xts) <= sizeof(csvf_xts), "csvf_xts is too small");
+_Static_assert(_Alignof(csvf__xts) <= _Alignof(csvf_xts), "csvf_xts is not aligned enough");
 
 static inline const csvf__xts *csvf__xts_of(const csvf_xts *xts) { return (const csvf__xts *)xts; }
 

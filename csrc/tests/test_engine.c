@@ -278,6 +278,30 @@ static void test_wipe(void)
     csvf_engine_destroy(engine);
 }
 
+/* The cache on its own: the tag's generation and every bit of the unit count, and forgetting is by ASID. */
+static void test_tweak_cache(void)
+{
+    static csvf__tweakcache cache;
+    const uint8_t tweak[16] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+    uint8_t found[16] = {0};
+    const uint64_t tag = (uint64_t)3 << 16 | 7, unit = 0x123456789;
+    CHECK(!csvf__tweak_find(&cache, found, tag, unit));
+    csvf__tweak_store(&cache, tweak, tag, unit);
+    CHECK(csvf__tweak_find(&cache, found, tag, unit) && !memcmp(found, tweak, 16));
+    CHECK(!csvf__tweak_find(&cache, found, (uint64_t)4 << 16 | 7, unit));
+    for (int bit = 0; bit < 64; bit++)
+        CHECK(!csvf__tweak_find(&cache, found, tag, unit ^ UINT64_C(1) << bit));
+    csvf__tweak_forget(&cache, 6);
+    CHECK(csvf__tweak_find(&cache, found, tag, unit));
+    csvf__tweak_forget(&cache, 7);
+    CHECK(!csvf__tweak_find(&cache, found, tag, unit));
+    csvf__tweak_entry *entry = csvf__tweak_entry_of(&cache, tag, unit);
+    CHECK(!entry->tag && !entry->tweak[0] && !entry->tweak[1] && entry->sequence % 2 == 0);
+    entry->sequence++;      /* a writer inside: neither found nor overwritten */
+    csvf__tweak_store(&cache, tweak, tag, unit);
+    CHECK(!csvf__tweak_find(&cache, found, tag, unit) && !entry->tag);
+}
+
 /* ---- Refusals ---- */
 
 static void test_refusals(void)
@@ -493,6 +517,7 @@ int main(void)
     RUN(test_launch);
     RUN(test_keys);
     RUN(test_wipe);
+    RUN(test_tweak_cache);
     RUN(test_refusals);
     RUN(test_create);
     RUN(test_file);

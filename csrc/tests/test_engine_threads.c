@@ -167,6 +167,43 @@ static void test_interleaved_bytes(void)
     }
 }
 
+/* Writes that end and begin inside shared blocks: thread t owns bytes [24 t, 24 t + 24), so that every one of its writes shares both edge
+ * blocks with a neighbour, and the locks of two blocks must both be held. */
+static void *neighbouring_spans(void *argument)
+{
+    worker *w = argument;
+    shared *all = w->shared;
+    uint8_t mine[24] = {0}, seen[24];
+    uint64_t random = w->number + 5;
+    int ok = 1;
+    const uint64_t start = 4000 + 8 + 24 * w->number;
+    pthread_barrier_wait(&all->start);
+    for (int i = 0; i < BYTE_ROUNDS && ok; i++) {
+        const size_t at = test_random(&random) % 4, length = 24 - at - test_random(&random) % 4;
+        ok &= csvf_read(all->engine, seen, 24, 1, start) == CSVF_OK && !memcmp(seen, mine, 24);
+        test_fill(mine + at, length, test_random(&random));
+        ok &= csvf_write(all->engine, 1, start + at, mine + at, length) == CSVF_OK;
+    }
+    pthread_barrier_wait(&all->start);
+    ok &= csvf_read(all->engine, seen, 24, 1, start) == CSVF_OK && !memcmp(seen, mine, 24);
+    if (!ok)
+        atomic_fetch_add(&all->wrong, 1);
+    return NULL;
+}
+
+static void test_neighbouring_spans(void)
+{
+    shared all = {0};
+    worker workers[BYTE_THREADS];
+    const uint8_t zero[8 + 24 * BYTE_THREADS] = {0};
+    all.engine = fixture_engine(2 * PAGE, 0, CSVF_STANDARD_GB, CSVF_TWEAK_XTS, 1);
+    fixture_install(all.engine, 1);
+    CHECK(csvf_write(all.engine, 1, 4000, zero, sizeof zero) == CSVF_OK);
+    run_threads(&all, workers, BYTE_THREADS, neighbouring_spans);
+    CHECK(all.wrong == 0);
+    csvf_engine_destroy(all.engine);
+}
+
 /* ---- Install and remove under fire ---- */
 
 enum { CHANGES = 60, LINES = 128 };
@@ -293,6 +330,7 @@ int main(void)
 {
     RUN(test_own_regions);
     RUN(test_interleaved_bytes);
+    RUN(test_neighbouring_spans);
     RUN(test_install_remove);
     RUN(test_races);
     return test_report();

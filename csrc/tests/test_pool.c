@@ -2,8 +2,11 @@
 #define _GNU_SOURCE
 #include "engine_fixture.h"
 
+#include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 #include "../pool.h"
@@ -216,6 +219,68 @@ static void test_fork(void)
     csvf_engine_destroy(engine);
 }
 
+/* ---- Signals, failure ---- */
+
+static atomic_int workers_seen, wrong_masks;
+static pthread_t test_thread;
+
+static int look_at_mask(void *context, size_t begin, size_t end)
+{
+    (void)context, (void)begin, (void)end;
+    if (pthread_equal(pthread_self(), test_thread))
+        return CSVF_OK;     /* leaves the workers time to come in */
+    sigset_t mask;
+    pthread_sigmask(SIG_SETMASK, NULL, &mask);
+    if (sigismember(&mask, SIGBUS) || sigismember(&mask, SIGSEGV) || !sigismember(&mask, SIGINT) || !sigismember(&mask, SIGTERM) ||
+        !sigismember(&mask, SIGALRM))
+        atomic_fetch_add(&wrong_masks, 1);
+    atomic_fetch_add(&workers_seen, 1);
+    return CSVF_OK;
+}
+
+/* Signals of the process are for the program's own threads; a fault of a worker's own must reach the program's handler. */
+static void test_signals(void)
+{
+    sigset_t before, after;
+    pthread_sigmask(SIG_SETMASK, NULL, &before);
+    csvf_pool *pool = make_pool(3);
+    pthread_sigmask(SIG_SETMASK, NULL, &after);
+    CHECK(sigismember(&before, SIGINT) == sigismember(&after, SIGINT) && !sigismember(&after, SIGBUS));
+    test_thread = pthread_self();
+    for (int i = 0; i < 2000 && workers_seen == 0; i++) {
+        csvf__pool_begin_if_idle(pool, look_at_mask, NULL, 2, 1);
+        usleep(1000);
+        (void)csvf__pool_finish(pool);
+    }
+    CHECK(workers_seen > 0 && wrong_masks == 0);
+    csvf_pool_destroy(pool);
+}
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(__clang__)     /* sanitizers need the address space */
+/* Threads that cannot be had: nothing is left behind and errno tells. In a child, because the limit stays. */
+static void test_no_threads(void)
+{
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(60);
+        const struct rlimit limit = {256 << 20, 256 << 20};     /* address space: for some stacks of 8 MiB, not for 1023 */
+        csvf_pool *pool = (csvf_pool *)&limit;
+        csvf_engine *engine = (csvf_engine *)&limit;
+        const csvf_config config = {.struct_size = sizeof config, .threads = 1024};
+        int ok = setrlimit(RLIMIT_AS, &limit) == 0;
+        errno = 0;
+        ok &= csvf_pool_create(&pool, 1024) == CSVF_ERR_SYSTEM && errno == EAGAIN && !pool;
+        errno = 0;
+        ok &= csvf_engine_create(&engine, 1 << 20, &config) == CSVF_ERR_SYSTEM && errno == EAGAIN && !engine;
+        _exit(ok ? 0 : 1);
+    }
+    int status = -1;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+#define TEST_NO_THREADS 1
+#endif
+
 int main(void)
 {
     RUN(test_xts);
@@ -224,5 +289,9 @@ int main(void)
     RUN(test_every_item_once);
     RUN(test_shared);
     RUN(test_fork);
+    RUN(test_signals);
+#if defined(TEST_NO_THREADS)
+    RUN(test_no_threads);
+#endif
     return test_report();
 }

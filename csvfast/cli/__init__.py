@@ -20,6 +20,7 @@ from csvfast.cli import info as _info
 from csvfast.cli import measure as _measure
 from csvfast.cli import memory as _memory
 from csvfast.cli.common import INTERRUPTED, ExitCode, exit_code_of, is_expected, report_error
+from csvfast.cli.streams import standard_streams
 
 __all__ = ["app", "main"]
 
@@ -64,21 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     CSVFAST_TRACEBACK=1 in the environment shows the traceback of an error as well as its line.
     """
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
-        return code
+        with standard_streams():
+            code = _run(list(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         print("csvfast: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough. Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return ExitCode.OK
+    except OSError as error:  # standard output is closed, or its disk is full
+        report_error(error)
+        return ExitCode.ENVIRONMENT
 
 
 def _run(arguments: list[str]) -> int:
-    # The command is invoked by hand, not through its own main(): that one turns Ctrl-C and broken pipes into exit
-    # code 1, which here means that a check failed.
+    # The command is invoked by hand, not through its own main(): that one turns Ctrl-C into exit code 1, which here means
+    # that a check failed.
     command = typer.main.get_command(app)
     try:
         with command.make_context("csvfast", arguments) as context:
@@ -87,8 +88,6 @@ def _run(arguments: list[str]) -> int:
         return stop.exit_code
     except typer.Abort:
         return INTERRUPTED
-    except (KeyboardInterrupt, BrokenPipeError):
-        raise
     except Exception as error:
         # typer's usage errors bring their own rendering; newer releases carry a private copy of click, so they are
         # known by what they can do and not by a class that could be imported.

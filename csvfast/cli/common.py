@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -99,7 +99,12 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Writes one JSON document to stdout, keys in the order given."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a file name that is no text, or a terminal without UTF-8
+        text = json.dumps(data, indent=2)
+    sys.stdout.write(text + "\n")
 
 
 def format_bytes(count: float) -> str:
@@ -179,4 +184,7 @@ def report_error(error: BaseException, stream: TextIO | None = None) -> None:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None and error.strerror in message:
         message = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    print(f"csvfast: error: {message}", file=stream or sys.stderr)
+    stream = stream or sys.stderr
+    if stream is not None:  # None: closed, and print() would take standard output instead
+        with suppress(OSError):  # nobody is left to be told
+            print(f"csvfast: error: {message}", file=stream)

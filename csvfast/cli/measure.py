@@ -80,7 +80,7 @@ def image(
         _print_record(documents[0] if len(records) == 1 else {"images": documents}, expected, records[0].digest)
     else:
         for record in records:
-            print(f"{record.hexdigest}  {record.path}")
+            print(_digest_line(record.hexdigest, record.path))
         _note(f"{format_bytes(sum(record.size for record in records))}, {format_rate(_rate(records))}")
     _compare(expected, records[0].digest)
 
@@ -283,6 +283,13 @@ def _print_record(record: dict[str, Any], expected: bytes | None, digest: bytes)
 def _compare(expected: bytes | None, digest: bytes) -> None:
     if expected is not None and not hmac.compare_digest(expected, digest):
         raise CommandError("the digest is not the expected one", ExitCode.CHECK_FAILED)
+
+
+def _digest_line(digest: str, path: str) -> str:
+    """As sha256sum writes it: a name with a line break in it must not pass for two lines, and is escaped."""
+    escaped = path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    plain = "\n" not in path and "\r" not in path and "\\" not in path
+    return f"{digest}  {path}" if plain else f"\\{digest}  {escaped}"
 
 
 def _show_verity(record: VerityRecord) -> None:

@@ -224,6 +224,10 @@ def _check_parameters(
                 raise ParameterError(f"{name} is given without a kernel; expected both or neither")
     if append is not None and "\0" in append:
         raise ParameterError(f"append has a NUL at character {append.index(chr(0))}; expected text without NUL")
+    try:
+        os.fsencode(append or "")
+    except UnicodeEncodeError as error:
+        raise ParameterError(f"append has a surrogate at character {error.start}; expected text that has bytes") from error
     streams = [name for name, path in (("firmware", firmware), ("kernel", kernel), ("initrd", initrd)) if path == STDIN]
     if len(streams) > 1:
         raise ParameterError(f"{' and '.join(streams)} are both '-'; expected standard input to be used once")

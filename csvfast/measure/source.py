@@ -19,6 +19,7 @@ import os
 import queue
 import select
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -103,7 +104,7 @@ class Source:
         """True when path names the file this source reads."""
         try:
             other = Path(path).stat()
-        except OSError:
+        except (OSError, ValueError):
             return False
         return (other.st_dev, other.st_ino) == (self._before.st_dev, self._before.st_ino)
 
@@ -253,7 +254,7 @@ def total_size(paths: Iterable[AnyPath]) -> int | None:
     for path in paths:
         try:
             status = os.fstat(0) if path == STDIN else Path(path).stat()
-        except OSError:
+        except (OSError, ValueError):  # opening it will say what is wrong
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
@@ -262,6 +263,8 @@ def total_size(paths: Iterable[AnyPath]) -> int | None:
 
 
 def _open(path: str) -> int:
+    if path == STDIN and sys.__stdin__ is None:  # closed when the program began: number 0 may be any file opened since
+        raise SourceUnreadableError("-: cannot be read: standard input is closed")
     try:
         if path == STDIN:
             return os.dup(0)
@@ -272,6 +275,8 @@ def _open(path: str) -> int:
         if error.errno == errno.ENXIO:
             raise SourceKindError(f"{path}: is a socket or a device without a driver; expected a file") from error
         raise _unreadable(path, error) from error
+    except ValueError as error:
+        raise ParameterError(f"path {path!r} cannot be a path: {error}") from error
     # Doubles the kernel's own read-ahead; refused for pipes, which need none.
     with suppress(OSError):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -92,6 +92,8 @@ class VerityParameters:
         step = SECTOR_BYTES if superblock else self.hash_block_bytes
         if hash_offset < 0 or hash_offset % step:
             raise ParameterError(f"hash offset is {hash_offset}; expected a multiple of {step}")
+        if hash_offset > DATA_BYTES_MAX // 2:
+            raise ParameterError(f"hash offset is {hash_offset:#x}; expected at most {DATA_BYTES_MAX // 2:#x}")
         start = hash_offset + (SUPERBLOCK_BYTES if superblock else 0)
         return -(-start // self.hash_block_bytes) * self.hash_block_bytes
 

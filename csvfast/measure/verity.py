@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from csvfast._files import final_target, temporary_beside
 from csvfast.measure.errors import ParameterError, SourceTruncatedError, SuperblockError, TargetError
 from csvfast.measure.source import STDIN, AnyPath, Progress, Source
 from csvfast.measure.superblock import SUPERBLOCK_BYTES, VerityParameters, pack_superblock, parse_superblock
@@ -129,7 +130,7 @@ def format_verity(
     Thread-safety: safe from any thread. The GIL is released while bytes are read and hashed.
     """
     start = time.perf_counter()
-    salt = secrets.token_bytes(DEFAULT_SALT_BYTES) if salt is None else bytes(salt)
+    salt = secrets.token_bytes(DEFAULT_SALT_BYTES) if salt is None else bytes(memoryview(salt))
     block_hash = BlockHash(salt, hash_type)
     check_block_bytes("data block size", data_block_bytes)
     # All but the number of blocks is known; the smallest number makes every other parameter be checked before the work.
@@ -205,6 +206,7 @@ def verify_verity(
     Raises: SourceError, SuperblockError, ParameterError (root_hash is not 32 bytes).
     Thread-safety: safe from any thread. The GIL is released while bytes are read and hashed.
     """
+    root_hash = bytes(memoryview(root_hash))  # a text would be found out only after all the work
     if len(root_hash) != DIGEST_BYTES:
         raise ParameterError(f"root hash has {len(root_hash)} bytes; expected {DIGEST_BYTES}")
     start = time.perf_counter()
@@ -364,17 +366,20 @@ class _Target:
     """The file a hash area goes to; checked before the work, written after it."""
 
     def __init__(self, path: AnyPath, *, in_place: bool) -> None:
-        self._path = Path(path)
         if os.fspath(path) == STDIN:
             raise ParameterError("hash file is '-'; expected a path, a hash area is not written to a stream")
+        self._path = Path(path)
         self._in_place = in_place
-        self.directory = self._path.parent
         try:
+            self._path = final_target(self._path)
             mode = self._path.stat().st_mode
         except FileNotFoundError:
             mode = stat.S_IFREG
         except OSError as error:
             raise self._error(error) from error
+        except ValueError as error:
+            raise ParameterError(f"hash file {os.fspath(path)!r} cannot be a path: {error}") from error
+        self.directory = self._path.parent
         if stat.S_ISBLK(mode):
             self._in_place = True
         elif not stat.S_ISREG(mode):
@@ -412,7 +417,7 @@ class _Target:
 
     @contextmanager
     def _replacement(self) -> Iterator[IO[bytes]]:
-        temporary = self.directory / f".{self._path.name}.{secrets.token_hex(8)}"
+        temporary = temporary_beside(self._path)
         with temporary.open("xb") as file:
             try:
                 yield file
@@ -422,7 +427,8 @@ class _Target:
                     temporary.chmod(stat.S_IMODE(self._path.stat().st_mode))
                 temporary.replace(self._path)
             except BaseException:
-                temporary.unlink()
+                with suppress(FileNotFoundError):
+                    temporary.unlink()
                 raise
 
     def _error(self, error: OSError) -> TargetError:

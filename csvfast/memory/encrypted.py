@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import stat
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from csvfast._core import BytesLike
 
 __all__ = ["EncryptedMemory"]
+
+_FILE_MAX = 1 << 62  # the sum of two such numbers still fits the system's file offsets
 
 
 class EncryptedMemory(_core.Engine):
@@ -83,13 +86,19 @@ class EncryptedMemory(_core.Engine):
                 raise errors.ArgumentError("size is missing; only buffer= or path= can stand in for it")
             try:
                 size = memoryview(cast("Any", buffer)).nbytes
-            except TypeError:
+            except (TypeError, ValueError, BufferError) as problem:
                 raise errors.BufferTypeError(
-                    f"buffer must be a bytes-like object, not {type(buffer).__name__}"
+                    f"buffer must be a bytes-like object, not {type(buffer).__name__} ({problem})"
                 ) from None
         super().__init__(size, buffer=buffer, **options)
 
     def _init_on_file(self, size: int | None, path: Path, offset: int, options: dict[str, Any]) -> None:
+        size = None if size is None else operator.index(size)
+        offset = operator.index(offset)
+        for name, number in (("size", size), ("file_offset", offset)):
+            if number is not None and not 0 <= number < _FILE_MAX:
+                shown = f"{number}" if number.bit_length() <= 256 else f"of {number.bit_length()} bits"
+                raise errors.LengthError(f"{name} is {shown}; expected 0 .. {_FILE_MAX - 1}")
         flags = os.O_RDWR | os.O_CLOEXEC
         made = False
         try:
@@ -101,8 +110,8 @@ class EncryptedMemory(_core.Engine):
             made = True
         try:
             if made:
-                if size is None or size <= 0 or offset < 0:
-                    raise errors.LengthError(f"size is {size} and file_offset {offset}; expected a positive size")
+                if not size:
+                    raise errors.LengthError(f"size is {size}; expected a positive multiple of 4096")
                 # Real blocks, not a hole: a full disk must show here, not as SIGBUS in the middle of a write.
                 os.posix_fallocate(descriptor, 0, offset + size)
             status = os.fstat(descriptor)
@@ -110,9 +119,9 @@ class EncryptedMemory(_core.Engine):
                 raise errors.ArgumentError(f"{path} is not a regular file")
             if size is None:
                 size = status.st_size - offset
-            if offset < 0 or size <= 0 or status.st_size < offset + size:
+            if size <= 0 or status.st_size < offset + size:
                 raise errors.LengthError(
-                    f"{path} has {status.st_size} bytes; expected at least {max(offset, 0) + max(size, 4096)}: "
+                    f"{path} has {status.st_size} bytes; expected at least {offset + max(size, 4096)}: "
                     f"the memory's size and file_offset {offset}"
                 )
             super().__init__(size, fd=descriptor, file_offset=offset, **options)

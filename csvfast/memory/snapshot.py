@@ -20,12 +20,12 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, cast
 
 from csvfast._core import sm3, sm3_blocks
+from csvfast._files import final_target, temporary_beside
 from csvfast.errors import SnapshotError
 
 if TYPE_CHECKING:
@@ -83,7 +83,12 @@ def save(memory: EncryptedMemory, path: Path) -> SnapshotInfo:
     )
     header = _header(shape)
     digest = _start_digest(header)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    path = final_target(path)
+    if path.exists() and not path.is_file():
+        raise SnapshotError(f"{path} is not a regular file; expected one, or a name that is free")
+    temporary = temporary_beside(path)
+    # Ciphertext, but of somebody's guest: for the owner alone.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as stream, memoryview(memory) as dram:
             stream.seek(len(header))
@@ -97,10 +102,10 @@ def save(memory: EncryptedMemory, path: Path) -> SnapshotInfo:
             stream.write(header)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
+            temporary.unlink()
         raise
     _sync_folder(path.parent)
     return shape

@@ -112,10 +112,10 @@ def test_wheel_is_complete(wheel):
     assert len(extension) == 1
     suffixes = (".py", ".pyi", ".pxd", "py.typed")
     wanted = {name for name in tracked() if name.startswith("csvfast/") and name.endswith(suffixes)}
-    assert names - extension == wanted | {"csvfast/include/csvfast.h"}
+    assert names - extension == wanted | {"csvfast/include/csvfast.h", "_csvfast_command.py"}
     assert header == (ROOT / "csrc/include/csvfast.h").read_bytes()
     assert "licenses/LICENSE" in information
-    assert "csvfast = csvfast.cli:main" in points.decode()
+    assert "csvfast = _csvfast_command:main" in points.decode()
 
 
 def test_runs_in_an_empty_environment(empty):
