@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 
 # Whatever the installed package is made of: a change here installs anew, anything else does not.
-PACKAGE_SOURCES := $(wildcard setup.py pyproject.toml MANIFEST.in) \
+PACKAGE_SOURCES := $(wildcard setup.py _csvfast_command.py pyproject.toml MANIFEST.in) \
     $(shell find csvfast csrc -not -path 'csrc/build*' \( -name '*.py' -o -name '*.pyx' -o -name '*.pxi' -o -name '*.pxd' \
     -o -name '*.pyi' -o -name '*.c' -o -name '*.h' \) -not -path 'csrc/tests/*' -not -path 'csrc/fuzz/*' \
     -not -path 'csrc/bench/*')

@@ -16,7 +16,16 @@ The names most people need stand here; :mod:`csvfast.crypto` holds SM3 and SM4, 
 from __future__ import annotations
 
 from csvfast import errors
-from csvfast._core import WorkerPool, hmac_sm3, sm3, sm3_blocks, sm3_kdf, sm3_many
+
+try:
+    from csvfast._core import WorkerPool, hmac_sm3, sm3, sm3_blocks, sm3_kdf, sm3_many
+except ModuleNotFoundError as error:  # the checkout lies before the installed package on the path
+    if error.name != "csvfast._core":
+        raise
+    raise ImportError(
+        f"csvfast in {__path__[0]} is source code without its compiled part. Install it (pip install .), then run from "
+        "another folder or with PYTHONSAFEPATH=1, so that the installed package is found first"
+    ) from None
 from csvfast._runtime import force_kernel, get_include, info
 from csvfast._runtime import version as _version
 from csvfast.crypto import SM4CTR, SM4GCM, SM4XTS, sm3_file

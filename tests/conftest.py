@@ -15,6 +15,9 @@ import csvfast
 
 pytest_plugins = ["skips"]
 
+# Programs the tests start must find the installed package, not the checkout they are started in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 VECTORS = Path(__file__).with_name("vectors")
 
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])

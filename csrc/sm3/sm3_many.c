@@ -278,13 +278,12 @@ static void one_lane(uint32_t *state, const uint8_t *const *data, size_t blocks)
     csvf__sm3()->compress(state, data[0], blocks);
 }
 
-/* Asks for the first two cache lines of every block of the next group: all of them miss at once, where the kernel would wait. */
+/* Asks for the first cache line of every block of the next group: all of them miss at once, where the kernel would wait. (Two lines each are
+ * too many: with blocks a page apart they fall into the same sets of the cache.) */
 static void prefetch_group(const uint8_t *blocks, size_t block_length, size_t live)
 {
-    for (size_t l = 0; l < live; l++) {
+    for (size_t l = 0; l < live; l++)
         __builtin_prefetch(blocks + l * block_length);
-        __builtin_prefetch(blocks + l * block_length + (block_length > 64 ? 64 : 0));
-    }
 }
 
 /* Hashes `live` consecutive blocks, at most `width`; `coming` more blocks will follow them next. */

@@ -38,13 +38,15 @@ static int xts_stealing_short(uint8_t *out, const uint8_t *secret) { return xts_
 
 static int xts_lines_of(uint8_t *out, const uint8_t *secret, int standard)
 {
-    static const uint64_t addresses[9] = {0, 64, 4096 - 64, 4096, 1 << 20, 64 * 7, 8192 + 64, 4032, 64 * 33};
+    uint64_t addresses[70];     /* more than one page's worth of lines, and a rest: kernels treat them apart */
     csvf_xts xts;
+    for (size_t i = 0; i < 70; i++)
+        addresses[i] = 64 * (i * 37 % 400 + (i % 3 << 20));
     int status = csvf_xts_init(&xts, secret, standard);
     if (status == CSVF_OK)
-        status = csvf_xts_encrypt_lines(&xts, out, secret + 32, addresses, 9);
+        status = csvf_xts_encrypt_lines(&xts, out, secret + 32, addresses, 70);
     if (status == CSVF_OK)
-        status = csvf_xts_decrypt_lines(&xts, out, out, addresses, 9);
+        status = csvf_xts_decrypt_lines(&xts, out, out, addresses, 70);
     if (status == CSVF_OK)
         status = csvf_xts_encrypt_span(&xts, out, secret + 32, 64, 3, 64 * 13);
     csvf_wipe(&xts, sizeof xts);

