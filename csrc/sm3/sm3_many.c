@@ -117,8 +117,10 @@ static void enter_tail(crowd *c, size_t slot)
 static void start_message(crowd *c, size_t slot, size_t message)
 {
     const size_t whole = c->lengths[message] / 64;
-    __builtin_prefetch(c->data[message]);
-    __builtin_prefetch(c->data[message] + (whole > 1 ? 64 : 0));
+    if (whole) {
+        __builtin_prefetch(c->data[message]);
+        __builtin_prefetch(c->data[message] + (whole > 1 ? 64 : 0));
+    }
     c->lanes[slot] = (lane){.at = c->data[message], .blocks = whole, .message = message, .in_tail = 0};
     store_column(c->state, c->width, slot, csvf__sm3_iv);
     if (whole == 0)

@@ -148,7 +148,7 @@ def test_interrupt(tmp_path: Path) -> None:
 
 def test_closed_pipe_is_quiet() -> None:
     """`csvfast info --json | head -c 1` leaves no complaint."""
-    line = f"{sys.executable} -P -m csvfast memory demo --json | head -c 1"
+    line = f"'{sys.executable}' -P -m csvfast memory demo --json | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, check=False)
     assert done.stdout == "{"
     assert done.stderr == ""

@@ -74,7 +74,7 @@ def test_embed_by_pkg_config(installed: Path, tmp_path: Path) -> None:
 def test_embed_against_the_header_of_the_package(installed: Path, tmp_path: Path) -> None:
     """csvfast.get_include() gives the header that fits the library."""
     target = tmp_path / "embed"
-    flags = f"-I{csvfast.get_include()} {installed / 'lib' / 'libcsvfast.a'} -pthread"
+    flags = f"-I'{csvfast.get_include()}' '{installed / 'lib' / 'libcsvfast.a'}' -pthread"
     subprocess.run(
         ["sh", "-c", f"cc -std=c11 -Wall -Wextra -Werror -o '{target}' '{EXAMPLES / '06_embed' / 'embed.c'}' {flags}"], check=True
     )
