@@ -6,7 +6,9 @@ short input is compared with an independent one: kernels with each other, peers 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 import subprocess
 import tempfile
@@ -137,9 +139,16 @@ def _pattern(length: int) -> bytes:
     return b"".join(number.to_bytes(4, "little") for number in range(-(-length // 4)))[:length]
 
 
-def _filled(length: int) -> bytearray:
-    """A buffer whose every page has been touched and differs from the next."""
-    buffer = bytearray(length)
+def _filled(length: int) -> memoryview:
+    """A buffer whose every page has been touched and differs from the next.
+
+    In huge pages where the system gives them, as encrypted memory is: otherwise the figure is that of the address translation.
+    """
+    memory = mmap.mmap(-1, length)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = memoryview(memory)
     for at in range(0, length, PAGE):
         buffer[at : at + 8] = at.to_bytes(8, "little")
     return buffer

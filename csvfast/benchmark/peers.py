@@ -34,6 +34,7 @@ XTS_KEY: Final = bytes(range(32))
 CTR_KEY: Final = bytes(range(16))
 COUNTER: Final = bytes(range(16, 32))
 
+Workspace = bytearray | memoryview
 Work = Callable[[], object]
 
 
@@ -50,7 +51,7 @@ class Offer:
 
     name: str
     answer: Callable[[bytes], bytes]
-    make: Callable[[bytearray], Work]
+    make: Callable[[Workspace], Work]
     variant: str | None = None
     limit: int | None = None
 
@@ -81,10 +82,10 @@ def _peers() -> Iterator[Peer]:
 
 
 def _hash_offers(digest: Callable[[Any], bytes], limit: int | None = None) -> tuple[Offer, ...]:
-    def whole(buffer: bytearray) -> Work:
+    def whole(buffer: Workspace) -> Work:
         return lambda: digest(buffer)
 
-    def pages(buffer: bytearray) -> Work:
+    def pages(buffer: Workspace) -> Work:
         # One object per page, made once: what is measured is the hash and its call, not Python's slicing.
         views = [memoryview(buffer)[at : at + PAGE] for at in range(0, len(buffer), PAGE)]
 
@@ -123,7 +124,7 @@ def _pyca(package: str, ciphers_name: str, hashes_name: str) -> Iterator[Peer]:
     def encryptor() -> Any:
         return ciphers.Cipher(algorithms.SM4(CTR_KEY), modes.CTR(COUNTER)).encryptor()
 
-    def counter_mode(buffer: bytearray) -> Work:
+    def counter_mode(buffer: Workspace) -> Work:
         # update_into asks for room of one block less one byte more than it writes.
         stream, out = encryptor(), bytearray(len(buffer) + 15)
         return lambda: stream.update_into(buffer, out)
@@ -154,7 +155,7 @@ def _gmssl() -> Iterator[Peer]:
         )
         return bytes(a ^ b for a, b in zip(data, key_stream, strict=False))
 
-    def every_block(buffer: bytearray) -> Work:
+    def every_block(buffer: Workspace) -> Work:
         stream = cipher()
         blocks = [list(buffer[at : at + 16]) for at in range(0, len(buffer), 16)]
         return lambda: [stream.one_round(stream.sk, block) for block in blocks]
@@ -217,15 +218,15 @@ def _libgcrypt() -> Iterator[Peer]:
         library.gcry_md_hash_buffer(_GCRY_MD_SM3, out, address(data), len(data))
         return out.raw
 
-    def xts(call_name: str) -> Callable[[bytearray], Work]:
+    def xts(call_name: str) -> Callable[[Workspace], Work]:
         call = getattr(library, call_name)
 
-        def make(buffer: bytearray) -> Work:
+        def make(buffer: Workspace) -> Work:
             opened, start, count = open_cipher(_GCRY_MODE_XTS, XTS_KEY), address(buffer), len(buffer) // PAGE
             setiv = library.gcry_cipher_setiv
             units = [(unit.to_bytes(16, "little"), start + unit * PAGE) for unit in range(count)]
 
-            def work(_alive: bytearray = buffer) -> None:  # C knows the buffer's address only
+            def work(_alive: Workspace = buffer) -> None:  # C knows the buffer's address only
                 for tweak, place in units:
                     setiv(opened, tweak, 16)
                     call(opened, place, PAGE, None, 0)  # in place
@@ -234,7 +235,7 @@ def _libgcrypt() -> Iterator[Peer]:
 
         return make
 
-    def answer_of(make: Callable[[bytearray], Work]) -> Callable[[bytes], bytes]:
+    def answer_of(make: Callable[[Workspace], Work]) -> Callable[[bytes], bytes]:
         def answer(data: bytes) -> bytes:
             buffer = bytearray(data)
             make(buffer)()
@@ -242,12 +243,12 @@ def _libgcrypt() -> Iterator[Peer]:
 
         return answer
 
-    def counter_mode(buffer: bytearray) -> Work:
+    def counter_mode(buffer: Workspace) -> Work:
         opened = open_cipher(_GCRY_MODE_CTR, CTR_KEY)
         must(library.gcry_cipher_setctr(opened, COUNTER, 16), "gcry_cipher_setctr")
         start, length, encrypt = address(buffer), len(buffer), library.gcry_cipher_encrypt
 
-        def work(_alive: bytearray = buffer) -> None:
+        def work(_alive: Workspace = buffer) -> None:
             encrypt(opened, start, length, None, 0)
 
         return work
