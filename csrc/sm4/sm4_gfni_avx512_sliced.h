@@ -7,9 +7,9 @@
  * 4 + 4 + 4 three-way xors, 8 gf2p8affineinvqb (S-box output with the linear layer folded in), 2 xors. State bytes are kept as P x + kappa
  * (tools/sm4_tables.py), so that the sum of three words is already the argument of the inversion.
  *
- * Two groups run together. One lives wholly in registers; of the other only its two newest words do, the older two are
- * read from memory, so that a round of both costs 8 loads and 4 stores of state. (Four groups with all words in memory cost 12 loads
- * and 4 stores each, which is more than the load ports give; one group alone is bound by latency.) */
+ * Two groups run together here: everything but whole pages (sm4_gfni_avx512_page.h takes those four groups at a time). One lives wholly in
+ * registers; of the other only its two newest words do, the older two are read from memory, so that a round of both costs 8 loads and
+ * 4 stores of state. One group alone is bound by latency. */
 #ifndef CSVF_SM4_GFNI_AVX512_SLICED_H
 #define CSVF_SM4_GFNI_AVX512_SLICED_H
 
