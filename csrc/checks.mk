@@ -1,7 +1,7 @@
 # Checks beyond the plain tests; included by Makefile. Each names its tool and fails when the tool is missing.
 #
 #   make ctime         constant time under valgrind (portable, AES-NI, SM3 kernels) and, with clang, MemorySanitizer (portable)
-#   make ctrace        constant time of every kernel of this CPU: instruction traces of different secrets are equal (needs python3 with numpy)
+#   make ctrace        constant time of every vector kernel of this CPU: instruction traces of different secrets are equal (needs python3 with numpy)
 #   make asan          the C tests and every fuzz target on generated inputs under AddressSanitizer and UBSan
 #   make tsan          the threaded tests under ThreadSanitizer
 #   make fuzz-smoke    libFuzzer (clang), FUZZ_SECONDS each (60)
