@@ -75,8 +75,8 @@ typedef enum csvf_status {
     CSVF_ERR_MEMORY = -10,      /* an allocation failed */
     CSVF_ERR_SYSTEM = -11,      /* a system call failed; errno says how */
     CSVF_ERR_KERNEL = -12,      /* no kernel of that name, or this CPU cannot run it */
-    CSVF_ERR_STATE = -13,       /* calls made in the wrong order on a streaming object */
-    CSVF_ERR_LIMIT = -14        /* the algorithm's limit on the amount of data under one key or nonce is reached */
+    CSVF_ERR_STATE = -13,       /* reserved: calls made in the wrong order; no function returns it yet */
+    CSVF_ERR_LIMIT = -14        /* reserved: too much data under one key or nonce; GCM answers with CSVF_ERR_LENGTH */
 } csvf_status;
 
 /* One line of English for a status. Never NULL. PURE. */
