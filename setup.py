@@ -25,7 +25,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 HEADER = Path("csrc/include/csvfast.h")
-SOURCE_FOLDERS = ("csrc", "csrc/sm4", "csrc/sm3", "csrc/engine")
+SOURCE_FOLDERS = ("csrc", "csrc/sm4", "csrc/sm3", "csrc/sm2", "csrc/engine")
 DEBUG = os.environ.get("CSVFAST_DEBUG", "") not in ("", "0")
 COVERAGE = os.environ.get("CSVFAST_COVERAGE", "") not in ("", "0")
 SANITIZE = os.environ.get("CSVFAST_SANITIZE", "")

@@ -29,7 +29,8 @@ def test_primitive(benchmark: Any, case: Case, buffer_bytes: int) -> None:
         work = sized.make()
         benchmark(work)
     if benchmark.stats is not None:  # None with --benchmark-disable
-        benchmark.extra_info["bytes_per_second"] = sized.bytes / benchmark.stats.stats.median
+        unit = "ops_per_second" if sized.operations else "bytes_per_second"
+        benchmark.extra_info[unit] = (sized.operations or sized.bytes) / benchmark.stats.stats.median
         benchmark.extra_info["kernel"] = case.kernel
 
 

@@ -17,7 +17,9 @@ enum {
     CSVF_CPU_BMI2 = 1u << 3,
     CSVF_CPU_GFNI = 1u << 4,
     CSVF_CPU_VAES = 1u << 5,
-    CSVF_CPU_AVX512 = 1u << 6  /* F, BW, DQ, VL, VBMI with the zmm state enabled by the OS */
+    CSVF_CPU_AVX512 = 1u << 6, /* F, BW, DQ, VL, VBMI with the zmm state enabled by the OS */
+    CSVF_CPU_ADX = 1u << 7,
+    CSVF_CPU_IFMA = 1u << 8    /* AVX512_IFMA, and AVX512 as above */
 };
 
 /* Features of this CPU less those named in CSVFAST_DISABLE. Cached after the first call. */

@@ -1,6 +1,6 @@
 /* Which kernels exist, which this CPU can run, and which is in use.
  *
- * The lists of kernels belong to their primitives (sm4/sm4.c, sm3/sm3.c, sm4/sm4_gcm.c), so this file names no kernel. The only
+ * The lists of kernels belong to their primitives (sm4/sm4.c, sm3/sm3.c, sm4/sm4_gcm.c, sm2/sm2.c), so this file names no kernel. The only
  * globals of the library are here: the CPU's features, the defaults found by csvf_init, and one atomic pointer per
  * primitive. Every function may be called from any thread at any time.
  *
@@ -13,6 +13,7 @@
 
 #include "cpu.h"
 #include "include/csvfast.h"
+#include "sm2/sm2_kernel.h"
 #include "sm3/sm3_kernel.h"
 #include "sm4/ghash_kernel.h"
 #include "sm4/sm4_kernel.h"
@@ -27,8 +28,8 @@ static const struct {
     const char *name;
     uint32_t bit;
 } features[] = {
-    {"aes", CSVF_CPU_AES},   {"pclmul", CSVF_CPU_PCLMUL}, {"avx2", CSVF_CPU_AVX2},     {"bmi2", CSVF_CPU_BMI2},
-    {"gfni", CSVF_CPU_GFNI}, {"vaes", CSVF_CPU_VAES},     {"avx512", CSVF_CPU_AVX512},
+    {"aes", CSVF_CPU_AES}, {"pclmul", CSVF_CPU_PCLMUL}, {"avx2", CSVF_CPU_AVX2}, {"bmi2", CSVF_CPU_BMI2}, {"adx", CSVF_CPU_ADX},
+    {"gfni", CSVF_CPU_GFNI}, {"vaes", CSVF_CPU_VAES}, {"avx512", CSVF_CPU_AVX512}, {"ifma", CSVF_CPU_IFMA},
 };
 enum { FEATURE_COUNT = sizeof features / sizeof features[0] };
 
@@ -61,11 +62,13 @@ static uint32_t detect(void)
         return found;
     if (ymm && (b >> 5 & 1)) found |= CSVF_CPU_AVX2;
     if (b >> 8 & 1) found |= CSVF_CPU_BMI2;
+    if (b >> 19 & 1) found |= CSVF_CPU_ADX;
     /* The kernels use the VEX and EVEX forms of GFNI and VAES, which need the ymm state. */
     if (ymm && (c >> 8 & 1)) found |= CSVF_CPU_GFNI;
     if (ymm && (c >> 9 & 1)) found |= CSVF_CPU_VAES;
     const uint32_t need_b = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;   /* F, DQ, BW, VL */
     if (zmm && (b & need_b) == need_b && (c >> 1 & 1)) found |= CSVF_CPU_AVX512;   /* and VBMI */
+    if (zmm && (b & need_b) == need_b && (b >> 21 & 1)) found |= CSVF_CPU_IFMA;
     return found;
 }
 #else
@@ -91,6 +94,8 @@ static void cpu_init(void)
     /* Every wider kernel uses AVX2 forms too. */
     if (!(found & CSVF_CPU_AVX2))
         found &= ~(uint32_t)CSVF_CPU_AVX512;
+    if (!(found & CSVF_CPU_AVX512))
+        found &= ~(uint32_t)CSVF_CPU_IFMA;
     cpu_found = found;
     for (size_t i = 0; i < FEATURE_COUNT; i++)
         if (found & features[i].bit) {
@@ -120,11 +125,11 @@ typedef struct kernel {
     uint32_t features;
 } kernel;
 
-static const char *const primitive_names[CSVF_PRIMITIVE_COUNT] = {"sm4", "sm3", "sm3-many", "ghash"};
+static const char *const primitive_names[CSVF_PRIMITIVE_COUNT] = {"sm4", "sm3", "sm3-many", "ghash", "sm2", "sm2-many"};
 
 static int is_primitive(int primitive) { return primitive >= 0 && primitive < CSVF_PRIMITIVE_COUNT; }
 
-/* The four lists have four types; this is the one place that knows. */
+/* The lists have different types; this is the one place that knows. */
 #define KERNEL_OF(list, index) ((list)[index] ? (kernel){(list)[index], (list)[index]->name, (list)[index]->features} : none)
 
 static kernel kernel_of(int primitive, size_t index)
@@ -135,6 +140,8 @@ static kernel kernel_of(int primitive, size_t index)
     case CSVF_PRIMITIVE_SM3: return KERNEL_OF(csvf__sm3_kernels, index);
     case CSVF_PRIMITIVE_SM3_MANY: return KERNEL_OF(csvf__sm3_many_kernels, index);
     case CSVF_PRIMITIVE_GHASH: return KERNEL_OF(csvf__ghash_kernels, index);
+    case CSVF_PRIMITIVE_SM2: return KERNEL_OF(csvf__sm2_kernels, index);
+    case CSVF_PRIMITIVE_SM2_MANY: return KERNEL_OF(csvf__sm2_many_kernels, index);
     default: return none;
     }
 }
@@ -262,6 +269,8 @@ const csvf_sm4_kernel *csvf__sm4(void) { return in_use(CSVF_PRIMITIVE_SM4); }
 const csvf_sm3_kernel *csvf__sm3(void) { return in_use(CSVF_PRIMITIVE_SM3); }
 const csvf_sm3_many_kernel *csvf__sm3_many(void) { return in_use(CSVF_PRIMITIVE_SM3_MANY); }
 const csvf_ghash_kernel *csvf__ghash(void) { return in_use(CSVF_PRIMITIVE_GHASH); }
+const csvf_sm2_kernel *csvf__sm2(void) { return in_use(CSVF_PRIMITIVE_SM2); }
+const csvf_sm2_many_kernel *csvf__sm2_many(void) { return in_use(CSVF_PRIMITIVE_SM2_MANY); }
 
 /* ---- Public ---- */
 

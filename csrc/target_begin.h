@@ -10,10 +10,14 @@
 #    pragma clang attribute push(__attribute__((target("avx2,bmi2,gfni,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi"))), apply_to = function)
 #  elif defined(CSVF_TARGET_AVX2)
 #    pragma clang attribute push(__attribute__((target("avx2,bmi2"))), apply_to = function)
+#  elif defined(CSVF_TARGET_AVX512_IFMA)
+#    pragma clang attribute push(__attribute__((target("avx2,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512ifma"))), apply_to = function)
 #  elif defined(CSVF_TARGET_AVX512)
 #    pragma clang attribute push(__attribute__((target("avx2,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi"))), apply_to = function)
 #  elif defined(CSVF_TARGET_PCLMUL)
 #    pragma clang attribute push(__attribute__((target("avx2,pclmul"))), apply_to = function)
+#  elif defined(CSVF_TARGET_ADX)
+#    pragma clang attribute push(__attribute__((target("avx2,bmi2,adx"))), apply_to = function)
 #  else
 #    error "define one CSVF_TARGET_* before target_begin.h"
 #  endif
@@ -27,10 +31,14 @@
 #    pragma GCC target("avx2,bmi2,gfni,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
 #  elif defined(CSVF_TARGET_AVX2)
 #    pragma GCC target("avx2,bmi2")
+#  elif defined(CSVF_TARGET_AVX512_IFMA)
+#    pragma GCC target("avx2,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512ifma")
 #  elif defined(CSVF_TARGET_AVX512)
 #    pragma GCC target("avx2,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
 #  elif defined(CSVF_TARGET_PCLMUL)
 #    pragma GCC target("avx2,pclmul")
+#  elif defined(CSVF_TARGET_ADX)
+#    pragma GCC target("avx2,bmi2,adx")
 #  else
 #    error "define one CSVF_TARGET_* before target_begin.h"
 #  endif

@@ -12,15 +12,16 @@ const char *csvf_status_text(int status)
     case CSVF_ERR_RANGE: return "an address or span lies outside the memory, or a unit number would wrap";
     case CSVF_ERR_ALIGNMENT: return "an address is not on the boundary the call needs";
     case CSVF_ERR_OVERLAP: return "output and input overlap without being equal, or a buffer lies inside the DRAM";
-    case CSVF_ERR_KEY: return "the halves K1 and K2 of the XTS key are equal";
+    case CSVF_ERR_KEY: return "the halves K1 and K2 of the XTS key are equal, or an SM2 private key or nonce is out of range";
     case CSVF_ERR_ASID: return "the ASID is out of range, is 0 where a guest is needed, or has no key";
     case CSVF_ERR_BUSY: return "the ASID already has a key";
-    case CSVF_ERR_AUTHENTICATION: return "the authentication tag does not match";
+    case CSVF_ERR_AUTHENTICATION: return "the authentication tag does not match, or the signature is not valid";
     case CSVF_ERR_MEMORY: return "an allocation failed";
     case CSVF_ERR_SYSTEM: return "a system call failed (see errno)";
     case CSVF_ERR_KERNEL: return "no kernel of that name, or this CPU cannot run it";
     case CSVF_ERR_STATE: return "calls in the wrong order on a streaming object";
     case CSVF_ERR_LIMIT: return "the limit on the amount of data under one key or nonce is reached";
+    case CSVF_ERR_POINT: return "not an encoding of a point of the SM2 curve, or the point at infinity";
     default: return "unknown status";
     }
 }

@@ -1,6 +1,6 @@
 """csvfast: HaiGuang (Hygon) CSV confidential computing in software.
 
-The names most people need stand here; :mod:`csvfast.crypto` holds SM3 and SM4, :mod:`csvfast.memory` the encrypted memory,
+The names most people need stand here; :mod:`csvfast.crypto` holds SM2, SM3 and SM4, :mod:`csvfast.memory` the encrypted memory,
 :mod:`csvfast.measure` the measurement of images, :mod:`csvfast.errors` every exception.
 
     >>> import csvfast
@@ -18,7 +18,18 @@ from __future__ import annotations
 from csvfast import errors
 
 try:
-    from csvfast._core import WorkerPool, hmac_sm3, sm3, sm3_blocks, sm3_kdf, sm3_many
+    from csvfast._core import (
+        Secret,
+        SM2PrivateKey,
+        SM2PublicKey,
+        WorkerPool,
+        hmac_sm3,
+        sm2_verify_many,
+        sm3,
+        sm3_blocks,
+        sm3_kdf,
+        sm3_many,
+    )
 except ModuleNotFoundError as error:  # the checkout lies before the installed package on the path
     if error.name != "csvfast._core":
         raise
@@ -40,6 +51,9 @@ __all__ = [
     "SM4XTS",
     "CsvfastError",
     "EncryptedMemory",
+    "SM2PrivateKey",
+    "SM2PublicKey",
+    "Secret",
     "WorkerPool",
     "__version__",
     "errors",
@@ -47,6 +61,7 @@ __all__ = [
     "get_include",
     "hmac_sm3",
     "info",
+    "sm2_verify_many",
     "sm3",
     "sm3_blocks",
     "sm3_file",

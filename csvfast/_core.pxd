@@ -14,6 +14,11 @@ cdef extern from "csvfast.h" nogil:
         CSVF_SM4_KEY_BYTES
         CSVF_SM3_BYTES
         CSVF_SM3_BLOCK_BYTES
+        CSVF_SM2_BYTES
+        CSVF_SM2_POINT_BYTES
+        CSVF_SM2_SIGNATURE_BYTES
+        CSVF_SM2_ENCRYPTION_OVERHEAD
+        CSVF_SM2_ID_MAX
         CSVF_XTS_UNIT_MIN
         CSVF_XTS_UNIT_MAX
 
@@ -32,6 +37,7 @@ cdef extern from "csvfast.h" nogil:
         CSVF_ERR_KERNEL
         CSVF_ERR_STATE
         CSVF_ERR_LIMIT
+        CSVF_ERR_POINT
 
         CSVF_PRIMITIVE_COUNT
         CSVF_STANDARD_GB
@@ -67,6 +73,48 @@ cdef extern from "csvfast.h" nogil:
     void csvf_hmac_sm3_update(csvf_hmac_sm3 *hmac, const void *data, size_t length)
     void csvf_hmac_sm3_final(csvf_hmac_sm3 *hmac, uint8_t *mac)
     int csvf_sm3_kdf(uint8_t *out, size_t out_length, const uint8_t *secret, size_t secret_length)
+
+    ctypedef struct csvf_sm2_private:
+        pass
+    ctypedef struct csvf_sm2_public:
+        pass
+    ctypedef struct csvf_sm2_table:
+        pass
+    ctypedef struct csvf_sm2_check:
+        const csvf_sm2_public *public_key
+        const csvf_sm2_table *table
+        const uint8_t *signature
+        const uint8_t *digest
+    int csvf_sm2_private_init(csvf_sm2_private *private_key, const uint8_t *d)
+    int csvf_sm2_private_generate(csvf_sm2_private *private_key)
+    void csvf_sm2_private_bytes(uint8_t *d, const csvf_sm2_private *private_key)
+    void csvf_sm2_private_public(csvf_sm2_public *public_key, const csvf_sm2_private *private_key)
+    int csvf_sm2_public_init(csvf_sm2_public *public_key, const uint8_t *encoded, size_t length)
+    void csvf_sm2_public_bytes(uint8_t *point, const csvf_sm2_public *public_key)
+    int csvf_sm2_z(uint8_t *z, const csvf_sm2_public *public_key, const uint8_t *id, size_t id_length)
+    int csvf_sm2_digest(uint8_t *digest, const csvf_sm2_public *public_key, const uint8_t *id, size_t id_length,
+                        const void *message, size_t length)
+    int csvf_sm2_sign_digest(uint8_t *signature, const csvf_sm2_private *private_key, const uint8_t *digest)
+    int csvf_sm2_sign(uint8_t *signature, const csvf_sm2_private *private_key, const uint8_t *id, size_t id_length,
+                      const void *message, size_t length)
+    int csvf_sm2_sign_digest_with_nonce(uint8_t *signature, const csvf_sm2_private *private_key, const uint8_t *digest,
+                                        const uint8_t *nonce)
+    int csvf_sm2_table_create(csvf_sm2_table **table, const csvf_sm2_public *public_key)
+    void csvf_sm2_table_destroy(csvf_sm2_table *table)
+    size_t csvf_sm2_table_bytes()
+    int csvf_sm2_verify_digest_var(const csvf_sm2_public *public_key, const csvf_sm2_table *table,
+                                   const uint8_t *signature, const uint8_t *digest)
+    int csvf_sm2_verify_var(const csvf_sm2_public *public_key, const csvf_sm2_table *table, const uint8_t *signature,
+                            const uint8_t *id, size_t id_length, const void *message, size_t length)
+    int csvf_sm2_verify_many_var(uint8_t *valid, const csvf_sm2_check *checks, size_t count)
+    int csvf_sm2_encrypt(uint8_t *ciphertext, const csvf_sm2_public *public_key, const uint8_t *plaintext, size_t length)
+    int csvf_sm2_encrypt_with_nonce(uint8_t *ciphertext, const csvf_sm2_public *public_key, const uint8_t *plaintext,
+                                    size_t length, const uint8_t *nonce)
+    int csvf_sm2_decrypt(uint8_t *plaintext, const csvf_sm2_private *private_key, const uint8_t *ciphertext,
+                         size_t length)
+    int csvf_sm2_agree(uint8_t *key, size_t key_length, uint8_t *confirmation, int initiator,
+                       const csvf_sm2_private *private_key, const csvf_sm2_private *ephemeral, const uint8_t *z,
+                       const csvf_sm2_public *peer, const csvf_sm2_public *peer_ephemeral, const uint8_t *peer_z)
 
     ctypedef struct csvf_sm4_ctr:
         pass

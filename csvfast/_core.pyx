@@ -3,8 +3,10 @@
 
 Shape: this file holds what all parts share (buffers, numbers, errors, kernels); the objects stand in
 
+    _core_secret.pxi   Secret
     _core_sm3.pxi      sm3, hmac_sm3, sm3_many, sm3_blocks, sm3_kdf, WorkerPool
     _core_sm4.pxi      SM4XTS, SM4CTR, SM4GCM
+    _core_sm2.pxi      SM2PublicKey, SM2PrivateKey, sm2_verify_many
     _core_memory.pxi   Engine, the base of csvfast.memory.EncryptedMemory
 
 Buffers: any C-contiguous object of the buffer protocol is taken as its bytes. The GIL is released while C works on
@@ -15,7 +17,7 @@ Free-threading: not declared. The counters that guard close() and the lazily mad
 
 cimport cython
 from cpython.buffer cimport (
-    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer,
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
@@ -69,6 +71,8 @@ cdef object _buffer_error(object obj, str name, bint writable):
         return errors.BufferTypeError(f"{name} must be a bytes-like object, not {kind}")
     try:
         view = memoryview(obj)
+    except errors.CsvfastError as problem:  # one of our own objects, which knows better
+        return problem
     except Exception as problem:
         return errors.BufferTypeError(f"{name}: the {kind} gives no buffer ({problem})")
     if not view.c_contiguous:
@@ -193,6 +197,7 @@ cdef object _status_error(int status, str what):
         CSVF_ERR_MEMORY: errors.AllocationError,
         CSVF_ERR_KERNEL: errors.KernelError,
         CSVF_ERR_LIMIT: errors.LimitError,
+        CSVF_ERR_POINT: errors.PointError,
     }
     return kinds.get(status, errors.InternalError)(f"{what}: {text}")
 
@@ -263,7 +268,8 @@ def kernel(primitive):
 def force_kernel(primitive, name):
     """Uses the kernel of that name for objects made from now on; None goes back to the automatic choice.
 
-    Objects that hold a key or a running hash keep the kernel they were made with.
+    Objects that hold a key or a running hash keep the kernel they were made with; SM2 keys have none of their own, each call
+    takes the one in use.
 
     Raises: KernelError for an unknown primitive or kernel, or one this CPU cannot run.
     Thread-safety: atomic, but the choice is the whole process's.
@@ -285,8 +291,10 @@ def force_kernel(primitive, name):
             + ", ".join(kernels(primitive, available=True)))
 
 
+include "_core_secret.pxi"
 include "_core_sm3.pxi"
 include "_core_sm4.pxi"
+include "_core_sm2.pxi"
 include "_core_memory.pxi"
 
 _start()

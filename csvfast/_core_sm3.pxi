@@ -360,14 +360,15 @@ def sm3_blocks(data, block_length=4096, *, prefix=b"", out=None, pool=None):
     return output.result
 
 
-def sm3_kdf(secret, length):
+def sm3_kdf(secret, length, *, out=None):
     """Key derivation with SM3: SM3(secret || BE32(1)) || SM3(secret || BE32(2)) || ..., cut to `length` bytes.
 
     Args:
         secret: C-contiguous buffer.
         length: bytes wanted, at most 32 * (2**32 - 1).
-    Returns: bytes.
-    Raises: LengthError, BufferTypeError, NonContiguousBufferError.
+        out: writable buffer of that length that does not overlap the secret (so that a derived secret can be wiped), or None.
+    Returns: bytes, or out.
+    Raises: LengthError, OverlapError, BufferTypeError, ReadOnlyBufferError, NonContiguousBufferError.
     Standard: GB/T 32918.4-2016 5.4.3 (= ANSI X9.63).
     Thread-safety: safe from any thread.
     """
@@ -379,7 +380,10 @@ def sm3_kdf(secret, length):
         raise errors.LengthError(f"length is {size}; expected at most {32 * ((1 << 32) - 1)}")
     _acquire(secret, &view, False, "secret")
     try:
-        output = _Output.make(None, size)
+        output = _Output.make(out, size)
+        if (output.data < <uint8_t *>view.buf + view.len and <uint8_t *>view.buf < output.data + size
+                and size > 0 and view.len > 0):
+            raise errors.OverlapError("out overlaps the secret")
         if size < GIL_BYTES and view.len < GIL_BYTES:
             status = csvf_sm3_kdf(output.data, size, <const uint8_t *>view.buf, view.len)
         else:

@@ -21,13 +21,14 @@ def force_kernel(primitive: str, name: str | None) -> None:
     """Uses one kernel by name for objects made from now on; ``None`` goes back to the automatic choice.
 
     Args:
-        primitive: ``"sm4"``, ``"sm3"``, ``"sm3-many"`` or ``"ghash"``.
+        primitive: ``"sm4"``, ``"sm3"``, ``"sm3-many"``, ``"ghash"``, ``"sm2"`` or ``"sm2-many"``.
         name: a name from ``info()["kernels"][primitive]["available"]``, or None.
 
     Raises:
         KernelError: no such primitive or kernel, or this CPU cannot run it; the choice is unchanged.
 
-    Thread-safety: atomic, but the choice is the whole process's. Objects made earlier keep their kernel.
+    Thread-safety: atomic, but the choice is the whole process's. Objects made earlier keep their kernel, but
+    for SM2 keys, which hold none: each call takes the one in use.
     """
     _core.force_kernel(primitive, name)
 

@@ -18,11 +18,20 @@ written to the caller's buffers or to memory, unless the class says otherwise.
     │   ├── AsidError                          an ASID outside 1 .. asid_max
     │   │   ├── UnknownAsidError (LookupError) the ASID has no key
     │   │   └── AsidInUseError                 the ASID already has a key
-    │   └── LimitError                         the algorithm's limit under one key or nonce is reached
+    │   ├── LimitError                         the algorithm's limit under one key or nonce is reached
     ├── BufferTypeError (TypeError)            not a bytes-like object
     ├── ReadOnlyBufferError (BufferError)      the output buffer cannot be written
     ├── NonContiguousBufferError (BufferError) a strided buffer
+    │   ├── KeyRangeError                      an SM2 private key or nonce outside its range
+    │   ├── PointError                         bytes that are no point of the SM2 curve
+    │   └── FormatError                        a structure whose bytes break its format: which field, where, what was expected
     ├── AuthenticationError                    a tag or MAC did not match
+    │   └── SignatureError                     an SM2 signature is not valid
+    ├── VerificationError                      a certificate chain or report is not genuine: which step, why
+    ├── AppraisalError                         genuine, but not what the policy allows: every violation
+    ├── FirmwareError                          the security processor refused a command: its status code
+    ├── StateError                             a directory of chip, platform or broker state is damaged, in use or not private
+    ├── MissingExtraError (ImportError)        an optional package is needed: the pip command to type
     ├── ClosedError (ValueError)               the memory has been closed
     ├── MemoryInUseError (BufferError)         close() while views exist or calls run
     ├── KeyExposureError (TypeError)           an object that holds a key cannot be pickled or copied
@@ -36,10 +45,15 @@ Thread-safety: exception classes are immutable.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Final
+
 __all__ = [
     "AddressError",
     "AlignmentError",
     "AllocationError",
+    "AppraisalError",
     "ArgumentError",
     "AsidError",
     "AsidInUseError",
@@ -47,20 +61,29 @@ __all__ = [
     "BufferTypeError",
     "ClosedError",
     "CsvfastError",
+    "FirmwareError",
+    "FirmwareStatus",
+    "FormatError",
     "InternalError",
     "KernelError",
     "KeyExposureError",
     "KeyLengthError",
+    "KeyRangeError",
     "LengthError",
     "LimitError",
     "MemoryInUseError",
+    "MissingExtraError",
     "NonContiguousBufferError",
     "OverlapError",
+    "PointError",
     "ReadOnlyBufferError",
+    "SignatureError",
     "SnapshotError",
     "StartupError",
+    "StateError",
     "SystemCallError",
     "UnknownAsidError",
+    "VerificationError",
     "WeakKeyError",
 ]
 
@@ -121,6 +144,34 @@ class LimitError(ArgumentError):
     """The algorithm's limit on the amount of data under one key or nonce is reached."""
 
 
+class KeyRangeError(ArgumentError):
+    """An SM2 private key is outside 1 .. n - 2, or a nonce outside 1 .. n - 1."""
+
+
+class PointError(ArgumentError):
+    """The bytes are no encoding of a point of the SM2 curve."""
+
+
+class FormatError(ArgumentError):
+    """A structure's bytes break its format.
+
+    Attributes:
+        structure: what was being read, e.g. ``"CSV certificate"``.
+        field: name of the field at fault, e.g. ``"curve_id"``.
+        offset: its byte offset from the structure's start, or None where there is none (JSON, TOML).
+        found, expected: in words, never key material.
+    """
+
+    def __init__(self, structure: str, field: str, offset: int | None, found: str, expected: str) -> None:
+        place = "" if offset is None else f" at offset {offset} ({offset:#x})"
+        super().__init__(f"{structure}: {field}{place}: found {found}; expected {expected}")
+        self.structure = structure
+        self.field = field
+        self.offset = offset
+        self.found = found
+        self.expected = expected
+
+
 class BufferTypeError(CsvfastError, TypeError):
     """The argument is not a bytes-like object."""
 
@@ -135,6 +186,101 @@ class NonContiguousBufferError(CsvfastError, BufferError):
 
 class AuthenticationError(CsvfastError):
     """A tag or MAC did not match. An output buffer given by the caller has been wiped."""
+
+
+class SignatureError(AuthenticationError):
+    """An SM2 signature is not valid for this key, user identity and message."""
+
+
+class VerificationError(CsvfastError):
+    """A certificate or report is not genuine, or cannot be shown to be.
+
+    Attributes:
+        step: the check that failed, one of the names of :mod:`csvfast.certs.chain` and :mod:`csvfast.attest.verify`,
+            e.g. ``"HRK"``, ``"HSK"``, ``"CEK"``, ``"PEK"``, ``"report signature"``.
+    """
+
+    def __init__(self, step: str, message: str) -> None:
+        super().__init__(f"{step}: {message}")
+        self.step = step
+
+
+class AppraisalError(CsvfastError):
+    """Evidence that is genuine but not allowed by the policy.
+
+    Attributes:
+        violations: one line each, with what was observed and what was expected.
+    """
+
+    def __init__(self, violations: Sequence[str]) -> None:
+        super().__init__("; ".join(violations))
+        self.violations: Final = tuple(violations)
+
+
+class FirmwareStatus(IntEnum):
+    """Status codes of the firmware (torvalds/linux include/uapi/linux/psp-sev.h and Hygon's csv-dev.c)."""
+
+    SUCCESS = 0x00
+    INVALID_PLATFORM_STATE = 0x01
+    INVALID_GUEST_STATE = 0x02
+    INVALID_CONFIG = 0x03
+    INVALID_LENGTH = 0x04
+    ALREADY_OWNED = 0x05
+    INVALID_CERTIFICATE = 0x06
+    POLICY_FAILURE = 0x07
+    INACTIVE = 0x08
+    INVALID_ADDRESS = 0x09
+    BAD_SIGNATURE = 0x0A
+    BAD_MEASUREMENT = 0x0B
+    ASID_OWNED = 0x0C
+    INVALID_ASID = 0x0D
+    WBINVD_REQUIRED = 0x0E
+    DFFLUSH_REQUIRED = 0x0F
+    INVALID_GUEST = 0x10
+    INVALID_COMMAND = 0x11
+    ACTIVE = 0x12
+    HWERROR_PLATFORM = 0x13
+    HWERROR_UNSAFE = 0x14
+    UNSUPPORTED = 0x15
+    INVALID_PARAM = 0x16
+    RESOURCE_LIMIT = 0x17
+    SECURE_DATA_INVALID = 0x18
+    INVALID_PAGE_SIZE = 0x19
+    INVALID_PAGE_STATE = 0x1A
+    INVALID_MDATA_ENTRY = 0x1B
+    INVALID_PAGE_OWNER = 0x1C
+    AEAD_OFLOW = 0x1D
+    EXIT_RING_BUFFER = 0x1F
+    RMP_INIT_REQUIRED = 0x20
+    BAD_SVN = 0x21
+    BAD_VERSION = 0x22
+    SHUTDOWN_REQUIRED = 0x23
+    UPDATE_FAILED = 0x24
+    RESTORE_REQUIRED = 0x25
+    RMP_INITIALIZATION_FAILED = 0x26
+    INVALID_KEY = 0x27
+
+
+class FirmwareError(CsvfastError):
+    """The security processor refused a command.
+
+    Attributes:
+        status: the code a driver would read from the mailbox.
+        needed: where the firmware writes back a required length (INVALID_LENGTH), that length or lengths by field name.
+    """
+
+    def __init__(self, status: FirmwareStatus, message: str, needed: dict[str, int] | None = None) -> None:
+        super().__init__(f"{status.name} ({status:#04x}): {message}")
+        self.status = status
+        self.needed = needed or {}
+
+
+class StateError(CsvfastError):
+    """A state directory is damaged, in use by another process, not private to the user, or of another version."""
+
+
+class MissingExtraError(CsvfastError, ImportError):
+    """An optional package is not installed; the message holds the pip command."""
 
 
 class ClosedError(CsvfastError, ValueError):

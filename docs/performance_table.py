@@ -17,9 +17,16 @@ BEGIN = "<!-- performance:"
 END = "<!-- /performance -->"
 
 
+def amount(result: dict[str, Any]) -> float:
+    """Bytes or operations per second."""
+    return float(result["ops_per_second"] if "ops_per_second" in result else result["bytes_per_second"])
+
+
 def rate(result: dict[str, Any]) -> str:
-    """Bytes per second in a readable unit."""
-    value = float(result["bytes_per_second"])
+    """Bytes or operations per second in a readable unit."""
+    value = amount(result)
+    if "ops_per_second" in result:
+        return f"{value:,.0f}/s"
     return f"{value / 1e9:.2f} GB/s" if value >= 1e9 else f"{value / 1e6:.0f} MB/s"
 
 
@@ -37,7 +44,7 @@ def table(document: dict[str, Any]) -> str:
     ]
     for name in dict.fromkeys(result["name"] for result in results):
         same = [result for result in results if result["name"] == name]
-        peers = sorted((r for r in same if r["peer"] is not None), key=lambda r: -float(r["bytes_per_second"]))
+        peers = sorted((r for r in same if r["peer"] is not None), key=lambda r: -amount(r))
         own = [result for result in same if result["peer"] is None]
         for result in own or peers[:1]:
             peer = peers[0] if peers and own else None
@@ -46,10 +53,10 @@ def table(document: dict[str, Any]) -> str:
                 f"`{name}`{variant}",
                 result["kernel"] or result["peer"],
                 rate(result),
-                f"{clock / result['bytes_per_second']:.2f}" if clock else "",
+                f"{clock / result['bytes_per_second']:.2f}" if clock and "bytes_per_second" in result else "",
                 peer["peer"] if peer else "",
                 rate(peer) if peer else "",
-                f"{result['bytes_per_second'] / peer['bytes_per_second']:.1f}" if peer else "",
+                f"{amount(result) / amount(peer):.1f}" if peer else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

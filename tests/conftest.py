@@ -27,7 +27,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `sm4_kernel`, `sm3_kernel`, `sm3_many_kernel` or `ghash_kernel` runs once for each compiled-in one."""
+    """A test that takes `sm4_kernel`, `sm3_many_kernel`, `sm2_kernel` and so on runs once for each compiled-in one."""
     for primitive in csvfast.info()["kernels"]:
         name = primitive.replace("-", "_") + "_kernel"
         if name in metafunc.fixturenames:
@@ -61,6 +61,32 @@ def sm3_many_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def ghash_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _forced("ghash", request.param)
+
+
+@pytest.fixture
+def sm2_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from _forced("sm2", request.param)
+
+
+@pytest.fixture
+def sm2_many_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from _forced("sm2-many", request.param)
+
+
+@pytest.fixture(scope="session")
+def hygon_data() -> Path:
+    """Folder of what real chips and Hygon's tools produced: $CSVFAST_DATA/hygon, else ../shared/data/hygon."""
+    given = os.environ.get("CSVFAST_DATA")
+    folder = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
+    if not (folder / "hygon").is_dir():
+        pytest.skip("evidence of real chips is absent: set CSVFAST_DATA to the folder that holds hygon/")
+    return folder / "hygon"
+
+
+@pytest.fixture(scope="session")
+def real_evidence(hygon_data: Path) -> bytes:
+    """Evidence of a real chip in the JSON encoding, as published with trustee."""
+    return (hygon_data / "csv_evidence.json").read_bytes()
 
 
 @pytest.fixture

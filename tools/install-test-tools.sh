@@ -1,11 +1,45 @@
 #!/bin/sh
 # Installs the programs that some tests use besides gcc and Python, on Debian-like systems as root; elsewhere says
 # what is missing. Tests whose program is missing skip with a reason. Ends with 0 either way: with CI=true the
-# test run itself refuses skips it does not expect.
+# test run itself refuses skips it does not expect. Also fetches, as any user, real boot files for the launch test: Debian's OVMF
+# and the kernel and initrd of its installer, 140 MB, into $CSVFAST_BOOT_FILES or ~/.cache/csvfast/boot.
 set -eu
 
 # Debian has sbin outside an ordinary user's PATH.
 PATH=$PATH:/usr/sbin:/sbin
+
+boot=${CSVFAST_BOOT_FILES:-${XDG_CACHE_HOME:-$HOME/.cache}/csvfast/boot}
+fetch_boot_files() {
+    [ -f "$boot/OVMF.fd" ] && [ -f "$boot/linux" ] && [ -f "$boot/initrd.gz" ] && return 0
+    if ! command -v apt-get >/dev/null 2>&1 || ! command -v dpkg-deb >/dev/null 2>&1; then
+        echo "test tools: no Debian packages here, the launch of real boot files will be skipped" >&2
+        return 0
+    fi
+    newest() { apt-cache pkgnames debian-installer- | grep -E '^debian-installer-[0-9]+-netboot-amd64$' | sort | tail -n 1; }
+    installer=$(newest || true)
+    if [ -z "$installer" ] && [ "$(id -u)" = 0 ]; then
+        apt-get update -qq || true
+        installer=$(newest || true)
+    fi
+    work=$(mktemp -d)
+    chmod 777 "$work" # root's apt-get downloads as another user
+    if [ -n "$installer" ] && (cd "$work" && apt-get download -qq ovmf "$installer" >/dev/null); then
+        for package in "$work"/*.deb; do
+            dpkg-deb -x "$package" "$work/tree"
+        done
+        mkdir -p "$boot"
+        for file in "$work"/tree/usr/share/ovmf/OVMF.fd \
+            "$work"/tree/usr/lib/debian-installer/images/*/amd64/text/debian-installer/amd64/linux \
+            "$work"/tree/usr/lib/debian-installer/images/*/amd64/text/debian-installer/amd64/initrd.gz; do
+            cp "$file" "$boot/.part" && mv "$boot/.part" "$boot/${file##*/}"
+        done
+        echo "test tools: boot files in $boot"
+    else
+        echo "test tools: the boot files could not be downloaded" >&2
+    fi
+    rm -rf "$work"
+}
+fetch_boot_files
 
 missing=
 need() { # program package...

@@ -75,12 +75,19 @@ static void print_text(const bench_case *c, double seconds, double cycles)
         snprintf(size, sizeof size, "%zu MiB", c->buffer >> 20);
     else if (c->buffer >= 1024)
         snprintf(size, sizeof size, "%zu KiB", c->buffer >> 10);
-    else
+    else if (c->buffer)
         snprintf(size, sizeof size, "%zu B", c->buffer);
+    else
+        snprintf(size, sizeof size, "-");
     printf("%-38s %-14s %8s t=%u ", label, c->peer ? c->peer : c->kernel, size, c->threads);
-    if (c->operations)
+    if (c->operations && c->buffer)
         printf("%10.0f ns/op   %9.1f cycles/op %7.3f c/B\n", 1e9 * seconds / (double)c->operations,
                cycles / (double)c->operations, cycles / (double)c->buffer);
+    else if (c->operations && c->reference_rate > 0)
+        printf("%10.0f op/s    %9.0f cycles/op %7.2f x\n", (double)c->operations / seconds, cycles / (double)c->operations,
+               (double)c->operations / seconds / c->reference_rate);
+    else if (c->operations)
+        printf("%10.0f op/s    %9.0f cycles/op\n", (double)c->operations / seconds, cycles / (double)c->operations);
     else
         printf("%10.3f GB/s    %9.3f c/B\n", (double)c->buffer / seconds / 1e9, cycles / (double)c->buffer);
 }
@@ -90,21 +97,24 @@ static void print_json(const bench_case *c, double seconds, double cycles)
     printf("%s\n    {\"name\": \"%s\", \"variant\": \"%s\", \"kernel\": \"%s\", \"peer\": ", results_printed ? "," : "",
            c->name, c->variant, c->kernel);
     printf(c->peer ? "\"%s\"" : "null", c->peer);
-    printf(", \"buffer\": %zu, \"threads\": %u, \"bytes_per_second\": %.0f, \"cycles_per_byte\": %.4f", c->buffer, c->threads,
-           (double)c->buffer / seconds, cycles / (double)c->buffer);
+    printf(", \"buffer\": %zu, \"threads\": %u", c->buffer, c->threads);
+    if (c->buffer)
+        printf(", \"bytes_per_second\": %.0f, \"cycles_per_byte\": %.4f", (double)c->buffer / seconds, cycles / (double)c->buffer);
     if (c->operations)
         printf(", \"ops_per_second\": %.0f, \"cycles_per_op\": %.1f", (double)c->operations / seconds,
                cycles / (double)c->operations);
+    if (c->operations && c->reference_rate > 0)
+        printf(", \"ratio_to_peer\": %.3f", (double)c->operations / seconds / c->reference_rate);
     printf("}");
 }
 
-void bench_measure(const bench_case *c)
+double bench_measure(const bench_case *c)
 {
     enum { RUNS_MAX = 101 };
     if (!bench_wanted(c->name))
-        return;
+        return 0;
     if (bench_settings.kernel && strcmp(c->kernel, "-") && strcmp(c->kernel, bench_settings.kernel))
-        return;
+        return 0;
     const clockid_t clock = c->threads > 1 ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID;
     double seconds[RUNS_MAX], cycles[RUNS_MAX];
     const unsigned runs = bench_settings.runs < RUNS_MAX ? bench_settings.runs : RUNS_MAX;
@@ -127,6 +137,7 @@ void bench_measure(const bench_case *c)
     (bench_settings.json ? print_json : print_text)(c, seconds[runs / 2], cycles[runs / 2]);
     results_printed++;
     fflush(stdout);
+    return (double)(c->operations ? c->operations : c->buffer) / seconds[runs / 2];
 }
 
 /* ---- Program ---- */
@@ -205,6 +216,7 @@ int main(int argc, char **argv)
     print_machine();
     bench_own_cases();
     bench_peer_cases();
+    bench_sm2_cases();
     if (bench_settings.json)
         printf("\n]}\n");
     if (!results_printed) {

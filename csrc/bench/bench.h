@@ -13,9 +13,10 @@ typedef struct bench_case {
     const char *variant;    /* "" or what distinguishes several cases of one name */
     const char *kernel;     /* the kernel in use, or "-" */
     const char *peer;       /* NULL = csvfast itself, else the other library's name */
-    size_t buffer;          /* bytes one run covers */
+    size_t buffer;          /* bytes one run covers; 0 = only operations count */
     size_t operations;      /* 0 = report bytes; else operations in one run, and cycles per operation are reported */
     unsigned threads;
+    double reference_rate;  /* operations a second of the peer in the same run, to print the ratio; 0 = none */
     void (*run)(void *context);
     void *context;
 } bench_case;
@@ -39,12 +40,19 @@ uint8_t *bench_memory(size_t length);
 /* Does this name pass --filter? Cases that are costly to set up ask first. */
 int bench_wanted(const char *name);
 
-void bench_measure(const bench_case *c);
+/* Times and prints one case. Returns operations (without them, bytes) a second; 0 if options leave the case out. */
+double bench_measure(const bench_case *c);
 
 extern bench_options bench_settings;
 
 void bench_own_cases(void);     /* cases.c */
 void bench_peer_cases(void);    /* peers.c */
+void bench_sm2_cases(void);     /* sm2_cases.c: its own and OpenSSL's, whose rates its ratios need */
+
+typedef struct bench_sm2_rates {
+    double sign, verify, encrypt, decrypt;      /* operations a second; 0 = not measured */
+} bench_sm2_rates;
+bench_sm2_rates bench_sm2_peer(size_t message_length);   /* sm2_peer.c */
 
 /* Stops the program when a call that cannot fail here fails: a benchmark of an error path would be a lie. */
 void bench_require(int ok, const char *what);

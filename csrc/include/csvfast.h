@@ -26,7 +26,7 @@
  *   Machine          64-bit little-endian CPUs; on others it does not compile. Linux and other systems with mmap and POSIX threads.
  *
  * Standards: SM3 GB/T 32905-2016, SM4 GB/T 32907-2016, modes GB/T 17964-2021 and IEEE 1619-2018, HMAC RFC 2104, GCM NIST SP 800-38D / RFC 8998,
- * KDF GB/T 32918.4-2016 5.4.3 (= ANSI X9.63).
+ * KDF GB/T 32918.4-2016 5.4.3 (= ANSI X9.63), SM2 GB/T 32918.1..4-2016 on the curve of GB/T 32918.5-2017.
  */
 #ifndef CSVFAST_H
 #define CSVFAST_H
@@ -68,15 +68,16 @@ typedef enum csvf_status {
     CSVF_ERR_RANGE = -3,        /* an address or span lies outside the memory, or a unit number would wrap */
     CSVF_ERR_ALIGNMENT = -4,    /* an address is not on the boundary the call needs */
     CSVF_ERR_OVERLAP = -5,      /* OUT and IN overlap without being equal */
-    CSVF_ERR_KEY = -6,          /* the XTS key halves K1 and K2 are equal */
+    CSVF_ERR_KEY = -6,          /* the XTS key halves K1 and K2 are equal; an SM2 private key is outside 1 .. n - 2 */
     CSVF_ERR_ASID = -7,         /* the ASID is above the engine's limit, is 0 where a guest is needed, or has no key */
     CSVF_ERR_BUSY = -8,         /* the ASID already has a key: remove it first */
-    CSVF_ERR_AUTHENTICATION = -9, /* a GCM tag did not match; OUT has been wiped */
+    CSVF_ERR_AUTHENTICATION = -9, /* a GCM tag or an SM2 C3 did not match (OUT has been wiped), or an SM2 signature is not valid */
     CSVF_ERR_MEMORY = -10,      /* an allocation failed */
     CSVF_ERR_SYSTEM = -11,      /* a system call failed; errno says how */
     CSVF_ERR_KERNEL = -12,      /* no kernel of that name, or this CPU cannot run it */
     CSVF_ERR_STATE = -13,       /* reserved: calls made in the wrong order; no function returns it yet */
-    CSVF_ERR_LIMIT = -14        /* reserved: too much data under one key or nonce; GCM answers with CSVF_ERR_LENGTH */
+    CSVF_ERR_LIMIT = -14,       /* reserved: too much data under one key or nonce; GCM answers with CSVF_ERR_LENGTH */
+    CSVF_ERR_POINT = -15        /* not an encoding of a point of the SM2 curve, or the point at infinity where none may be */
 } csvf_status;
 
 /* One line of English for a status. Never NULL. PURE. */
@@ -89,7 +90,9 @@ typedef enum csvf_primitive {
     CSVF_PRIMITIVE_SM3 = 1,       /* one SM3 stream */
     CSVF_PRIMITIVE_SM3_MANY = 2,  /* many independent SM3 messages */
     CSVF_PRIMITIVE_GHASH = 3,     /* GCM's universal hash */
-    CSVF_PRIMITIVE_COUNT = 4
+    CSVF_PRIMITIVE_SM2 = 4,       /* SM2, one operation at a time */
+    CSVF_PRIMITIVE_SM2_MANY = 5,  /* verification of many SM2 signatures */
+    CSVF_PRIMITIVE_COUNT = 6
 } csvf_primitive;
 
 /* Chooses kernels from the CPU's features and from the environment, once. Every other function calls it when needed; call it
@@ -97,17 +100,17 @@ typedef enum csvf_primitive {
  *   CSVFAST_KERNEL   one kernel name for every primitive that has a kernel of that name, or a comma-separated list of
  *                    primitive=name ("sm4=gfni-avx2,sm3=portable"). A name unknown to every primitive, or one this CPU
  *                    cannot run, is an error: nothing is silently replaced.
- *   CSVFAST_DISABLE  comma-separated CPU features to ignore: avx512, gfni, vaes, aes, avx2, bmi2, pclmul.
+ *   CSVFAST_DISABLE  comma-separated CPU features to ignore: avx512, ifma, gfni, vaes, aes, avx2, bmi2, adx, pclmul.
  * Returns: CSVF_OK, or CSVF_ERR_KERNEL (the portable kernels are then in use). PURE. */
 CSVF_API int csvf_init(void);
 
 /* "0.1.0". PURE. */
 CSVF_API const char *csvf_version(void);
 
-/* Space-separated names of the CPU features found that matter to a kernel ("aes pclmul avx2 bmi2 gfni vaes avx512"). PURE. */
+/* Space-separated names of the CPU features found that matter to a kernel ("aes pclmul avx2 bmi2 adx gfni vaes avx512 ifma"). PURE. */
 CSVF_API const char *csvf_cpu_features(void);
 
-/* "sm4", "sm3", "sm3-many", "ghash"; NULL for an unknown primitive. PURE. */
+/* "sm4", "sm3", "sm3-many", "ghash", "sm2", "sm2-many"; NULL for an unknown primitive. PURE. */
 CSVF_API const char *csvf_primitive_name(int primitive);
 
 /* Number of kernels compiled in for a primitive; 0 for an unknown primitive. PURE. */
@@ -171,6 +174,127 @@ CSVF_API void csvf_hmac_sm3_final(csvf_hmac_sm3 *hmac, uint8_t mac[32]);
 /* X9.63 key derivation with SM3: OUT = SM3(secret || BE32(1)) || SM3(secret || BE32(2)) || ... cut to out_length.
  * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (out_length over 32 * (2^32 - 1)). PURE. */
 CSVF_API CSVF_MUST_CHECK int csvf_sm3_kdf(uint8_t *out, size_t out_length, const uint8_t *secret, size_t secret_length);
+
+/* ---- SM2 ---------------------------------------------------------------------------------------------------------- */
+/* Numbers and coordinates are 32-byte big-endian, as in the standard; a public key or point is x || y (64 bytes), a signature r || s
+ * (64 bytes). Hygon's little-endian 72-byte fields are the business of the layers above. Private keys, nonces, and everything derived
+ * from them are secret; public keys, signatures, digests, identities and lengths are not. */
+
+#define CSVF_SM2_BYTES 32u             /* one scalar or coordinate */
+#define CSVF_SM2_POINT_BYTES 64u       /* x || y */
+#define CSVF_SM2_SIGNATURE_BYTES 64u   /* r || s */
+#define CSVF_SM2_ENCRYPTION_OVERHEAD 97u   /* C1 (04 || x || y) and C3 */
+#define CSVF_SM2_ID_MAX 8191u          /* bytes of a user identity: its length in bits is a 16-bit number */
+
+typedef struct csvf_sm2_private { uint64_t opaque[32]; } csvf_sm2_private;
+typedef struct csvf_sm2_public { uint64_t opaque[16]; } csvf_sm2_public;
+typedef struct csvf_sm2_table csvf_sm2_table;
+
+/* Takes a private key d. Derives (1 + d)^-1 and the public key once.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_KEY (d is not in 1 .. n - 2). PER-OBJECT; afterwards the object is read only.
+ * Wipe it with csvf_wipe(). */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_private_init(csvf_sm2_private *private_key, const uint8_t d[32]);
+
+/* A new private key from the operating system's generator. Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_SYSTEM. PER-OBJECT. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_private_generate(csvf_sm2_private *private_key);
+
+/* The private key's 32 bytes: a secret, for storing it. PURE. */
+CSVF_API void csvf_sm2_private_bytes(uint8_t d[32], const csvf_sm2_private *private_key);
+
+/* The public key that belongs to it. PURE. */
+CSVF_API void csvf_sm2_private_public(csvf_sm2_public *public_key, const csvf_sm2_private *private_key);
+
+/* Takes a public key in one of the encodings of GB/T 32918.1 4.2.8: x || y (64 bytes), 04 || x || y, 06 or 07 || x || y (hybrid, the
+ * parity is checked), 02 or 03 || x (compressed). Coordinates must be below p, the point on the curve and not infinity.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_POINT. PER-OBJECT; afterwards the object is read only. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_public_init(csvf_sm2_public *public_key, const uint8_t *encoded, size_t length);
+
+/* x || y. PURE. */
+CSVF_API void csvf_sm2_public_bytes(uint8_t point[64], const csvf_sm2_public *public_key);
+
+/* Z = SM3(ENTL || id || a || b || xG || yG || xP || yP), GB/T 32918.2 5.5.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (id over CSVF_SM2_ID_MAX). PURE. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_z(uint8_t z[32], const csvf_sm2_public *public_key, const uint8_t *id, size_t id_length);
+
+/* e = SM3(Z || message), what is signed. Returns: as csvf_sm2_z. PURE. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_digest(uint8_t digest[32], const csvf_sm2_public *public_key, const uint8_t *id,
+                                             size_t id_length, const void *message, size_t length);
+
+/* Signs e. The nonce is derived from the private key, e, and 32 bytes of the operating system's generator together, so that it is
+ * unpredictable if either the generator is good or the key secret, and never repeats for different e.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_SYSTEM (no randomness). SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_sign_digest(uint8_t signature[64], const csvf_sm2_private *private_key,
+                                                  const uint8_t digest[32]);
+
+/* Signs SM3(Z || message). Returns: as above, and CSVF_ERR_LENGTH (id). SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_sign(uint8_t signature[64], const csvf_sm2_private *private_key, const uint8_t *id,
+                                           size_t id_length, const void *message, size_t length);
+
+/* Signs e with the caller's nonce, for known-answer tests only: a nonce used twice or guessed gives the private key away.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_KEY (nonce outside 1 .. n - 1, or r = 0, r + k = n or s = 0: choose another). SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_sign_digest_with_nonce(uint8_t signature[64], const csvf_sm2_private *private_key,
+                                                             const uint8_t digest[32], const uint8_t nonce[32]);
+
+/* Multiples of a public key, computed once, that make each later verification with it several times faster. For keys that verify
+ * often: roots, intermediate certificates, chips that report again and again.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_MEMORY. PURE; the table is read only. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_table_create(csvf_sm2_table **table, const csvf_sm2_public *public_key);
+CSVF_API void csvf_sm2_table_destroy(csvf_sm2_table *table);   /* NULL is allowed. No call may be using it. */
+CSVF_API size_t csvf_sm2_table_bytes(void);                    /* memory one table takes. PURE. */
+
+/* Verifies a signature over e. `table` is that key's table or NULL.
+ * Returns: CSVF_OK (valid), CSVF_ERR_AUTHENTICATION (not valid: r or s outside 1 .. n - 1, r + s = n, or the equation fails),
+ * CSVF_ERR_ARGUMENT (NULL, or a table of another key). SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_verify_digest_var(const csvf_sm2_public *public_key, const csvf_sm2_table *table,
+                                                        const uint8_t signature[64], const uint8_t digest[32]);
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_verify_var(const csvf_sm2_public *public_key, const csvf_sm2_table *table,
+                                                 const uint8_t signature[64], const uint8_t *id, size_t id_length,
+                                                 const void *message, size_t length);
+
+/* One signature of many. */
+typedef struct csvf_sm2_check {
+    const csvf_sm2_public *public_key;
+    const csvf_sm2_table *table;   /* that key's table, or NULL */
+    const uint8_t *signature;      /* 64 bytes */
+    const uint8_t *digest;         /* e, 32 bytes */
+} csvf_sm2_check;
+
+/* Verifies many signatures, each on its own merit: a bad one spoils no other. Keys, with tables and without, may be mixed. Eight
+ * of a kind (with table, without) fill the lanes of the AVX-512 kernel. Nothing is allocated, so no table is made on the way: for a key
+ * with more than some 60 signatures to verify (10 where they come one at a time) making its table first takes less time in all.
+ *   Out: valid   count bytes, 1 = valid, 0 = not; all 0 on an error
+ * Returns: CSVF_OK (look at valid), CSVF_ERR_ARGUMENT. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_verify_many_var(uint8_t *valid, const csvf_sm2_check *checks, size_t count);
+
+/* Public-key encryption, C1 || C3 || C2 with C1 = 04 || x || y, coordinates padded on the left to 32 bytes (GB/T 32918.4 6).
+ *   Out: ciphertext   length + CSVF_SM2_ENCRYPTION_OVERHEAD bytes, not overlapping the plaintext
+ *   In:  length       1 .. 2^32 - 1
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_OVERLAP, CSVF_ERR_SYSTEM (no randomness). SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_encrypt(uint8_t *ciphertext, const csvf_sm2_public *public_key,
+                                              const uint8_t *plaintext, size_t length);
+
+/* The same with the caller's nonce, for known-answer tests only. Returns: as above, and CSVF_ERR_KEY (nonce outside 1 .. n - 1, or
+ * one that gives an all-zero key stream). SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_encrypt_with_nonce(uint8_t *ciphertext, const csvf_sm2_public *public_key,
+                                                         const uint8_t *plaintext, size_t length, const uint8_t nonce[32]);
+
+/*   Out: plaintext   length - CSVF_SM2_ENCRYPTION_OVERHEAD bytes, not overlapping the ciphertext; wiped on failure
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH, CSVF_ERR_OVERLAP, CSVF_ERR_POINT (C1), CSVF_ERR_AUTHENTICATION (C3, or an
+ * all-zero key stream). SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_decrypt(uint8_t *plaintext, const csvf_sm2_private *private_key,
+                                              const uint8_t *ciphertext, size_t length);
+
+/* Key agreement (GB/T 32918.3 6.1). Both sides end with the same key; comparing confirmations tells them so.
+ *   Out: key             key_length bytes, a secret; wiped on failure
+ *        confirmation    S_B then S_A (32 bytes each: what the responder sends, what the initiator sends); NULL = not wanted
+ *   In:  initiator       1 for user A of the standard, 0 for user B
+ *        z, peer_z       csvf_sm2_z of one's own and of the peer's long-term key
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (key_length 0 or over 2^32 - 1), CSVF_ERR_POINT (the shared point is infinity).
+ * SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_sm2_agree(uint8_t *key, size_t key_length, uint8_t *confirmation, int initiator,
+                                            const csvf_sm2_private *private_key, const csvf_sm2_private *ephemeral,
+                                            const uint8_t z[32], const csvf_sm2_public *peer,
+                                            const csvf_sm2_public *peer_ephemeral, const uint8_t peer_z[32]);
 
 /* ---- SM4: CTR and GCM --------------------------------------------------------------------------------------------- */
 

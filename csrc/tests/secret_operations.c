@@ -155,6 +155,103 @@ static int memory_of(csvf_engine *memory, uint8_t *out, const uint8_t *secret)
 static int memory_access(uint8_t *out, const uint8_t *secret) { return memory_of(engine, out, secret); }
 static int memory_access_lines(uint8_t *out, const uint8_t *secret) { return memory_of(line_engine, out, secret); }
 
+/* ---- SM2: the private key, the nonce and the plaintext are secret; nonces 1 and 2^255 - 1 come with the secrets of zeros and ones. */
+
+static const uint8_t sm2_digest[32] = {0xf0, 0xb4, 0x3e, 0x94, 0xba};
+static const uint8_t sm2_base[64] = {     /* a public point that every run has: G */
+    0x32, 0xc4, 0xae, 0x2c, 0x1f, 0x19, 0x81, 0x19, 0x5f, 0x99, 0x04, 0x46, 0x6a, 0x39, 0xc9, 0x94,
+    0x8f, 0xe3, 0x0b, 0xbf, 0xf2, 0x66, 0x0b, 0xe1, 0x71, 0x5a, 0x45, 0x89, 0x33, 0x4c, 0x74, 0xc7,
+    0xbc, 0x37, 0x36, 0xa2, 0xf4, 0xf6, 0x77, 0x9c, 0x59, 0xbd, 0xce, 0xe3, 0x6b, 0x69, 0x21, 0x53,
+    0xd0, 0xa9, 0x87, 0x7c, 0xc6, 0x2a, 0x47, 0x40, 0x02, 0xdf, 0x32, 0xe5, 0x21, 0x39, 0xf0, 0xa0};
+
+/* A number in 1 .. 2^255 - 1 out of 32 secret bytes. */
+static void sm2_number(uint8_t out[32], const uint8_t *secret)
+{
+    memcpy(out, secret, 32);
+    out[0] &= 0x7f;
+    out[31] |= 1;
+}
+
+static int sm2_private(csvf_sm2_private *key, const uint8_t *secret)
+{
+    uint8_t d[32];
+    sm2_number(d, secret);
+    return csvf_sm2_private_init(key, d);
+}
+
+static int sm2_sign(uint8_t *out, const uint8_t *secret)
+{
+    csvf_sm2_private key;
+    uint8_t nonce[32];
+    sm2_number(nonce, secret + 32);
+    int status = sm2_private(&key, secret);
+    if (status == CSVF_OK)
+        status = csvf_sm2_sign_digest_with_nonce(out, &key, sm2_digest, nonce);
+    if (status == CSVF_OK)
+        status = csvf_sm2_sign_digest(out + 64, &key, sm2_digest);
+    csvf_sm2_private_bytes(out + 128, &key);
+    csvf_wipe(&key, sizeof key);
+    return status;
+}
+
+/* The arithmetic of csvf_sm2_private_generate; its random bytes are the system's. */
+static int sm2_generate(uint8_t *out, const uint8_t *secret)
+{
+    csvf_sm2_private key;
+    const int status = csvf_sm2_private_generate(&key);
+    csvf_sm2_private_bytes(out, &key);
+    out[0] ^= secret[0];
+    csvf_wipe(&key, sizeof key);
+    return status;
+}
+
+/* A ciphertext that no key of the test opens, so that one multiplication is enough: everything but the release of the plaintext runs. */
+static int sm2_decrypt(uint8_t *out, const uint8_t *secret)
+{
+    csvf_sm2_private key;
+    uint8_t sealed[97 + 50] = {4};
+    memcpy(sealed + 1, sm2_base, 64);
+    int status = sm2_private(&key, secret);
+    if (status == CSVF_OK)
+        status = csvf_sm2_decrypt(out, &key, sealed, sizeof sealed) == CSVF_ERR_AUTHENTICATION ? CSVF_OK : CSVF_ERR_STATE;
+    csvf_wipe(&key, sizeof key);
+    return status;
+}
+
+static int sm2_encrypt(uint8_t *out, const uint8_t *secret)
+{
+    csvf_sm2_private key;
+    csvf_sm2_public point;
+    uint8_t nonce[32];
+    sm2_number(nonce, secret + 32);
+    int status = sm2_private(&key, secret);
+    csvf_sm2_private_public(&point, &key);
+    if (status == CSVF_OK)
+        status = csvf_sm2_encrypt_with_nonce(out, &point, secret + 64, 100, nonce);
+    if (status == CSVF_OK)
+        status = csvf_sm2_encrypt(out, &point, secret + 64, 77);
+    if (status == CSVF_OK)
+        status = csvf_sm2_decrypt(out + 1000, &key, out, 77 + 97);
+    csvf_wipe(&key, sizeof key);
+    return status;
+}
+
+static int sm2_agreement(uint8_t *out, const uint8_t *secret)
+{
+    csvf_sm2_private key, ephemeral;
+    csvf_sm2_public peer;
+    int status = sm2_private(&key, secret);
+    if (status == CSVF_OK)
+        status = sm2_private(&ephemeral, secret + 32);
+    if (status == CSVF_OK)
+        status = csvf_sm2_public_init(&peer, sm2_base, 64);
+    if (status == CSVF_OK)
+        status = csvf_sm2_agree(out, 48, out + 64, 1, &key, &ephemeral, sm2_digest, &peer, &peer, sm2_digest);
+    csvf_wipe(&key, sizeof key);
+    csvf_wipe(&ephemeral, sizeof ephemeral);
+    return status;
+}
+
 static int equality(uint8_t *out, const uint8_t *secret)
 {
     int same = csvf_equal(secret, secret + 1024, 1024);
@@ -198,6 +295,11 @@ const operation OPERATIONS[] = {
     {"sm3", CSVF_PRIMITIVE_SM3, sm3_stream, 0},
     {"hmac, kdf", CSVF_PRIMITIVE_SM3, hmac_and_kdf, 0},
     {"sm3 many", CSVF_PRIMITIVE_SM3_MANY, sm3_many_mixed, 0},
+    {"sm2 private key, sign", CSVF_PRIMITIVE_SM2, sm2_sign, 0},
+    {"sm2 generate", CSVF_PRIMITIVE_SM2, sm2_generate, 0},
+    {"sm2 decrypt", CSVF_PRIMITIVE_SM2, sm2_decrypt, 0},
+    {"sm2 encrypt", CSVF_PRIMITIVE_SM2, sm2_encrypt, 0},
+    {"sm2 agreement", CSVF_PRIMITIVE_SM2, sm2_agreement, 0},
     {"equality", CSVF_PRIMITIVE_SM3, equality, 0},
     {"control: branch", CSVF_PRIMITIVE_SM3, control_branch, 1},
     {"control: index", CSVF_PRIMITIVE_SM3, control_index, 1},

@@ -9,6 +9,8 @@
 #include <pthread.h>
 
 #include "../include/csvfast.h"
+#include "../sm2/sm2_kernel.h"
+#include "../sm2/sm2_objects.h"
 #include "../sm4/ghash_kernel.h"
 #include "../sm4/sm4_xts.h"
 
@@ -374,6 +376,85 @@ static void test_memory(void)
     }
 }
 
+/* ---- SM2: private keys, nonces, shared points, key streams ---- */
+
+static csvf_sm2_private sm2_key, sm2_ephemeral, sm2_made;
+static csvf_sm2_public sm2_peer;
+static uint8_t sm2_nonce[32], sm2_shared[64];
+static const uint8_t sm2_digest[32] = {0xf0, 0xb4, 0x3e};
+
+static void do_sm2_key(void) { status = csvf_sm2_private_init(&sm2_made, key); }
+static void do_sm2_sign(void) { status = csvf_sm2_sign_digest(out, &sm2_key, sm2_digest); }
+static void do_sm2_sign_with(void) { status = csvf_sm2_sign_digest_with_nonce(out, &sm2_key, sm2_digest, sm2_nonce); }
+static void do_sm2_encrypt(void) { status = csvf_sm2_encrypt_with_nonce(out, &sm2_peer, data, length, sm2_nonce); }
+static void do_sm2_decrypt(void) { status = csvf_sm2_decrypt(out, &sm2_key, sealed, length + 97); }
+static void do_sm2_agree(void)
+{
+    status = csvf_sm2_agree(out, 48, out + 64, 1, &sm2_key, &sm2_ephemeral, sm2_digest, &sm2_peer, &sm2_peer, sm2_digest);
+}
+
+/* A number as bytes, as words of SM3, and as limbs. */
+static void secret_number(const uint8_t *bytes, size_t count)
+{
+    uint8_t limbs[64];
+    for (size_t i = 0; i < count; i++)
+        limbs[i] = bytes[(i & ~(size_t)7) + 7 - i % 8];
+    secret(bytes, count);
+    secret(limbs, count);
+    secret_words(bytes, count);
+}
+
+static void sm2_secrets(void)
+{
+    static uint8_t stream[DATA];
+    fresh();
+    key[0] &= 0x7f;
+    window_count = 0;
+    secret_number(key, 32);
+    secret_number(sm2_nonce, 32);
+    secret_number(sm2_shared, 64);
+    secret(&sm2_key, 64);                   /* d and 1 / (1 + d) */
+    secret(&sm2_ephemeral, 64);
+    secret(data, length);
+    secret_words(data, length);
+    (void)!csvf_sm3_kdf(stream, length, sm2_shared, 64);
+    secret(stream, length);
+}
+
+static void test_sm2(void)
+{
+    uint8_t d[32];
+    test_fill(sm2_nonce, sizeof sm2_nonce, 41);
+    test_fill(d, sizeof d, 42);
+    sm2_nonce[0] &= 0x7f, d[0] &= 0x7f;
+    length = 100;
+    fresh();
+    key[0] &= 0x7f;
+    CHECK_STATUS(csvf_sm2_private_init(&sm2_key, key), CSVF_OK);
+    CHECK_STATUS(csvf_sm2_private_init(&sm2_ephemeral, d), CSVF_OK);
+    csvf_sm2_private_public(&sm2_peer, &sm2_key);
+    CHECK_STATUS(csvf_sm2_encrypt_with_nonce(sealed, &sm2_peer, data, length, sm2_nonce), CSVF_OK);
+    for (size_t k = 0; k < csvf_kernel_count(CSVF_PRIMITIVE_SM2); k++) {
+        const char *name = csvf_kernel_at(CSVF_PRIMITIVE_SM2, k);
+        if (csvf_force_kernel(CSVF_PRIMITIVE_SM2, name) != CSVF_OK)
+            continue;
+        csvf_sm2_affine shared, point = csvf__sm2_public_of(&sm2_peer)->point;
+        uint64_t number[4];
+        number_load(number, sm2_nonce);
+        CHECK(csvf__sm2()->multiply(&shared, &point, number) == 1);
+        csvf__sm2_point_bytes(sm2_shared, &shared);
+        static const struct { const char *what; void (*run)(void); } operations[] = {
+            {"private key", do_sm2_key}, {"sign", do_sm2_sign}, {"sign with nonce", do_sm2_sign_with},
+            {"encrypt", do_sm2_encrypt}, {"decrypt", do_sm2_decrypt}, {"agree", do_sm2_agree}};
+        for (size_t i = 0; i < sizeof operations / sizeof *operations; i++) {
+            test_case("%s, sm2 %s", name, operations[i].what);
+            sm2_secrets();
+            leaves_nothing(operations[i].run);
+        }
+    }
+    (void)csvf_force_kernel(CSVF_PRIMITIVE_SM2, NULL);
+}
+
 /* The search itself: a deliberate leak is found. */
 static void test_control(void)
 {
@@ -394,5 +475,6 @@ int main(void)
     RUN(test_ctr_gcm);
     RUN(test_sm3);
     RUN(test_memory);
+    RUN(test_sm2);
     return test_report();
 }

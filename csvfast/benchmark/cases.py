@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import csvfast
+from csvfast.benchmark import sm2
 from csvfast.benchmark.peers import COUNTER, CTR_KEY, PAGE, XTS_KEY, Offer, Peer, find_peers, veritysetup
 from csvfast.benchmark.runner import Case
 from csvfast.crypto import SM4CTR, SM4XTS
@@ -36,6 +37,7 @@ NAMES: Final = (
     "verity-sm3/4096",
     "memory-write/4096",
     "launch-encrypt-measure",
+    *sm2.NAMES,
     "memcpy",
 )
 
@@ -111,6 +113,8 @@ def _own(name: str, plan: Plan) -> Iterator[Case]:
             yield from _launch(name, plan)
         case "memcpy":
             yield _copy(name, plan)
+        case _:
+            yield from _sm2(name, plan)
 
 
 @contextmanager
@@ -334,6 +338,17 @@ def _verity_files(size: int) -> tuple[Path, Path]:
     return image, Path(hashes)
 
 
+def _sm2(name: str, plan: Plan) -> Iterator[Case]:
+    primitive = "sm2-many" if name == "sm2-verify-many" else "sm2"
+
+    def force(kernel: str) -> Callable[[], AbstractContextManager[object]]:
+        # Without lanes sm2-many does one after another by the kernel of sm2: portable means both.
+        both = {"sm2": kernel} if kernel == "portable" else {}
+        return lambda: _forced({primitive: kernel} | both)
+
+    yield from sm2.sm2_cases(name, kernels_of(primitive, plan.kernels), force)
+
+
 def _copy(name: str, plan: Plan) -> Case:
     """What memory itself gives: bytes copied per second by the C library."""
 
@@ -356,6 +371,10 @@ def _copy(name: str, plan: Plan) -> Case:
 def _of_peers(name: str, plan: Plan, peers: list[Peer]) -> Iterator[Case]:
     if name == "verity-sm3/4096" and plan.peers:
         yield from _veritysetup(name, plan)
+    if name in sm2.NAMES and plan.peers:
+        for signer in sm2.find_sm2_peers():
+            _agree(name, f"{signer.name} {signer.version}", sm2.agrees(signer), True)
+            yield from sm2.peer_cases(name, signer)
     for peer in peers:
         for offer in peer.offers:
             if offer.name == name:

@@ -9,7 +9,7 @@ from typing import Final
 
 from csvfast._files import write_atomically
 from csvfast.benchmark.machine import Machine
-from csvfast.benchmark.runner import Result
+from csvfast.benchmark.runner import Result, rate_of
 
 __all__ = ["ChartError", "MatplotlibMissingError", "check_chart", "draw_chart"]
 
@@ -39,8 +39,8 @@ def check_chart(path: Path) -> None:
 
 
 def draw_chart(path: Path, results: Sequence[Result], machine: Machine) -> None:
-    """Writes an SVG or PNG, by the path's suffix. Bars are bytes per second on a logarithmic axis: peers differ by a
-    factor of a thousand."""
+    """Writes an SVG or PNG, by the path's suffix. Bars are bytes per second, or operations where the name says so, on a
+    logarithmic axis: peers differ by a factor of a thousand."""
     check_chart(path)
     import matplotlib
 
@@ -55,14 +55,15 @@ def draw_chart(path: Path, results: Sequence[Result], machine: Machine) -> None:
         len(panels), 1, figsize=(9, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
     )
     for axis, name, panel in zip(axes[:, 0], names, panels, strict=True):
-        ordered = sorted(panel, key=lambda result: result.get("bytes_per_second", 0.0))
-        rates = [result.get("bytes_per_second", 0.0) / 1e9 for result in ordered]
+        ordered = sorted(panel, key=rate_of)
+        counted = any("ops_per_second" in result for result in panel)
+        rates = [rate_of(result) / (1e3 if counted else 1e9) for result in ordered]
         colours = [_OWN if result["peer"] is None else _PEER for result in ordered]
         bars = axis.barh([_label(result) for result in ordered], rates, color=colours)
         axis.bar_label(bars, [f" {rate:.3g}" for rate in rates], fontsize=8)
         axis.set_xscale("log")
         axis.margins(x=0.12)
-        axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
+        axis.set_title(f"{name}  (thousand/s)" if counted else name, loc="left", fontsize=10, fontweight="bold")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("GB/s (logarithmic)", fontsize=9)

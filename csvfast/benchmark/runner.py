@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal, NotRequired, TypedDict
 
-__all__ = ["Case", "Result", "run_cases"]
+__all__ = ["Case", "Result", "rate_of", "run_cases"]
 
 Clock = Literal["cpu", "wall"]
 
@@ -44,6 +44,7 @@ class Case:
     setup       entered before the case's threads run in a round and left afterwards (forcing a kernel)
     make        called once per thread, before any timing; gives the function that does the work once
     bytes       bytes one call of that function works on
+    operations  operations one call does, where operations are counted and not bytes (bytes is 0 then); else 0
     once        the function is long (another program): one call is a round
     """
 
@@ -56,11 +57,12 @@ class Case:
     threads: int = 1
     clock: Clock = "cpu"
     once: bool = False
+    operations: int = 0
     setup: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
 
     @property
     def label(self) -> str:
-        """"sm3/1048576 avx2 x2" for progress displays."""
+        """ "sm3/1048576 avx2 x2" for progress displays."""
         who = self.peer or self.kernel or "csvfast"
         parts = [self.name, who, self.variant or "", f"x{self.threads}" if self.threads > 1 else ""]
         return " ".join(part for part in parts if part)
@@ -101,9 +103,18 @@ def _run_group(
             if started is not None:
                 started(item.case.label)
             with item.case.setup():
-                item.rates.append(item.case.threads * item.turns * item.case.bytes / _seconds(item, item.turns))
+                item.rates.append(item.case.threads * item.turns * _amount(item.case) / _seconds(item, item.turns))
     for item in prepared:
         yield _result(item)
+
+
+def _amount(case: Case) -> int:
+    return case.operations or case.bytes
+
+
+def rate_of(result: Result) -> float:
+    """The result's rate, in bytes or in operations per second."""
+    return result.get("bytes_per_second", 0.0) or result.get("ops_per_second", 0.0)
 
 
 def _turns_for(item: _Prepared, seconds: float) -> int:
@@ -158,10 +169,9 @@ def _many_threads(work: Sequence[Callable[[], object]], turns: int) -> float:
 
 def _result(item: _Prepared) -> Result:
     median = statistics.median(item.rates)
-    return {
+    result: Result = {
         "name": item.case.name,
         "kernel": item.case.kernel,
-        "bytes_per_second": median,
         "threads": item.case.threads,
         "peer": item.case.peer,
         "variant": item.case.variant,
@@ -170,3 +180,8 @@ def _result(item: _Prepared) -> Result:
         "spread": (max(item.rates) - min(item.rates)) / median,
         "clock": "wall" if item.case.threads > 1 else item.case.clock,
     }
+    if item.case.operations:
+        result["ops_per_second"] = median
+    else:
+        result["bytes_per_second"] = median
+    return result

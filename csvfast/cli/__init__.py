@@ -16,9 +16,14 @@ from typing import Annotated
 import typer
 
 from csvfast.cli import bench as _bench
+from csvfast.cli import cert as _cert
+from csvfast.cli import chip as _chip
+from csvfast.cli import guest as _guest
 from csvfast.cli import info as _info
 from csvfast.cli import measure as _measure
 from csvfast.cli import memory as _memory
+from csvfast.cli import platform as _platform
+from csvfast.cli import report as _report
 from csvfast.cli.common import INTERRUPTED, ExitCode, exit_code_of, is_expected, report_error
 from csvfast.cli.streams import standard_streams
 
@@ -56,6 +61,11 @@ app.command("info")(_info.info)
 app.command("bench")(_bench.bench)
 app.add_typer(_measure.app, name="measure")
 app.add_typer(_memory.app, name="memory")
+app.add_typer(_guest.app, name="guest")
+app.add_typer(_chip.app, name="chip")
+app.add_typer(_cert.app, name="cert")
+app.add_typer(_report.app, name="report")
+app.add_typer(_platform.app, name="platform")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

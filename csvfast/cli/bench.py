@@ -129,6 +129,8 @@ def print_table(out: Console, machine: Machine, results: list[Result]) -> None:
     hashlib's single SM3 stream, the yardstick that every Python has."""
     from rich.table import Table
 
+    from csvfast.benchmark import rate_of
+
     clock = machine["clock_hertz"]
     kernels = ", ".join(f"{primitive} {name}" for primitive, name in machine["kernels"].items())
     out.print(f"[bold]{machine['cpu'] or machine['architecture']}[/], {machine['cpus']} CPUs, "
@@ -148,20 +150,21 @@ def print_table(out: Console, machine: Machine, results: list[Result]) -> None:
     yardstick = best_of(results, "sm3/1048576", "hashlib")
     previous = ""
     for result in results:
-        rate = result.get("bytes_per_second", 0.0)
+        rate, counted = rate_of(result), "ops_per_second" in result
         if previous and result["name"] != previous:
             table.add_section()
         shown, previous = result["name"] if result["name"] != previous else "", result["name"]
         variant = f" ({result['variant']})" if result["variant"] else ""
         peer_rate = best.get((result["name"], result["threads"]))
         ratio = f"{rate / peer_rate:.2f}" if peer_rate and result["peer"] is None else ""
-        cycles = f"{clock * result['threads'] / rate:.3g}" if clock and rate else ""
+        cycles = f"{clock * result['threads'] / rate:.3g}" if clock and rate and not counted else ""
         style = "" if result["peer"] is None else "dim"
         threads = f" x{result['threads']}" if result["threads"] > 1 else ""
-        speed = ("~" if result["spread"] > 0.1 else "") + format_rate(rate) + (" w" if result["clock"] == "wall" else "")
+        shown_rate = f"{rate:,.0f}/s" if counted else format_rate(rate)
+        speed = ("~" if result["spread"] > 0.1 else "") + shown_rate + (" w" if result["clock"] == "wall" else "")
         table.add_row(shown, (result["peer"] or result["kernel"] or "csvfast") + variant + threads,
-                      format_bytes(result["buffer_bytes"]), speed, cycles, ratio,
-                      f"{rate / yardstick:.2f}" if yardstick else "", style=style)  # fmt: skip
+                      "" if counted else format_bytes(result["buffer_bytes"]), speed, cycles, ratio,
+                      f"{rate / yardstick:.2f}" if yardstick and not counted else "", style=style)  # fmt: skip
     out.print(table)
 
 
@@ -172,9 +175,11 @@ def best_of(results: list[Result], name: str, peer: str) -> float | None:
 
 
 def _best_peers(results: list[Result]) -> dict[tuple[str, int], float]:
+    from csvfast.benchmark import rate_of
+
     best: dict[tuple[str, int], float] = {}
     for result in results:
         if result["peer"] is not None and result["peer"] != "libc":
             key = (result["name"], result["threads"])
-            best[key] = max(best.get(key, 0.0), result.get("bytes_per_second", 0.0))
+            best[key] = max(best.get(key, 0.0), rate_of(result))
     return best

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import csvfast
-from csvfast.benchmark import NAMES, Plan, cases, make_cases, peers
+from csvfast.benchmark import NAMES, Plan, cases, make_cases, peers, sm2
+from csvfast.errors import SignatureError
 
 SMALL = Plan(buffer_bytes=64 << 10)
 
@@ -100,3 +101,51 @@ def test_libgcrypt_agrees() -> None:
 def test_threads_multiply_cases() -> None:
     plan = Plan(64 << 10, names=("memcpy",), threads=(1, 2, 3))
     assert [case.threads for case in make_cases(plan)] == [1, 2, 3]
+
+
+def sm2_plan(*names: str, **options: Any) -> Plan:
+    return replace(SMALL, names=names or sm2.NAMES, **options)
+
+
+def test_sm2_cases_have_every_kernel_and_count_operations() -> None:
+    measured: dict[str, set[str | None]] = {}
+    for case in make_cases(sm2_plan(peers=False)):
+        primitive = "sm2-many" if case.name == "sm2-verify-many" else "sm2"
+        with case.setup():
+            assert chosen()[primitive] == case.kernel
+            if case.kernel == "portable":
+                assert chosen()["sm2"] == "portable"
+        assert case.operations == (sm2.MANY if case.name == "sm2-verify-many" else 1)
+        assert case.bytes == 0
+        measured.setdefault(case.name, set()).add(case.kernel)
+    kernels = csvfast.info()["kernels"]
+    assert measured == {
+        name: set(kernels["sm2-many" if name == "sm2-verify-many" else "sm2"]["available"]) for name in sm2.NAMES
+    }
+
+
+def test_sm2_peers_agree_and_stand_beside_every_name() -> None:
+    found = {peer.name for peer in sm2.find_sm2_peers()}
+    assert "gmssl" in found
+    for name in sm2.NAMES:
+        assert {case.peer for case in make_cases(sm2_plan(name)) if case.peer} == found
+
+
+@pytest.mark.parametrize("broken", ["accepts everything", "accepts nothing", "signs wrongly"])
+def test_wrong_sm2_peer_is_refused(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    (right,) = (peer for peer in sm2.find_sm2_peers() if peer.name == "gmssl")
+    wrong = {
+        "accepts everything": replace(right, verifier=lambda: lambda der: True),
+        "accepts nothing": replace(right, verifier=lambda: lambda der: False),
+        "signs wrongly": replace(right, signer=lambda: lambda: bytes.fromhex("3006020101020101")),
+    }[broken]
+    monkeypatch.setattr(sm2, "find_sm2_peers", lambda: iter([wrong]))
+    with pytest.raises((cases.WrongAnswerError, SignatureError)):
+        list(make_cases(sm2_plan("sm2-verify")))
+
+
+def test_a_refused_signature_stops_the_batch_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sm2, "sm2_verify_many", lambda *arguments: [True, False])
+    work = next(make_cases(sm2_plan("sm2-verify-many", peers=False))).make()
+    with pytest.raises(RuntimeError, match="a good signature was refused"):
+        work()

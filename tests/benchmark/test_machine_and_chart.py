@@ -42,12 +42,15 @@ def test_clock_is_plausible_and_repeats() -> None:
 def test_svg_names_everything_and_repeats(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results = [result("sm3/1048576", "avx2", None, 5e8), result("sm3/1048576", None, "hashlib", 4.6e8)]
+    counted = result("sm2-sign", "portable", None, 5e4)
+    counted["ops_per_second"] = counted.pop("bytes_per_second")
+    results.append(counted)
     facts = machine_facts()
     draw_chart(tmp_path / "a.svg", results, facts)
     draw_chart(tmp_path / "b.svg", results, facts)
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
-    for shown in ("sm3/1048576", "csvfast avx2", "hashlib"):
+    for shown in ("sm3/1048576", "csvfast avx2", "hashlib", "sm2-sign  (thousand/s)"):
         assert f"<!-- {shown} -->" in text  # matplotlib draws text as paths and leaves it in comments
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from csvfast.benchmark import Case, run_cases
+from csvfast.benchmark import Case, rate_of, run_cases
 
 
 def busy(seconds: float) -> None:
@@ -24,6 +24,13 @@ def test_rate_of_known_work() -> None:
     assert result["bytes_per_second"] == pytest.approx(500_000, rel=0.2)
     assert result["rounds"] == 5
     assert result["clock"] == "cpu"
+
+
+def test_operations_are_counted_instead_of_bytes() -> None:
+    case = Case("work", lambda: lambda: busy(0.002), 0, kernel="k", operations=10)
+    (result,) = run_cases([case], seconds=0.2, rounds=5)
+    assert "bytes_per_second" not in result
+    assert rate_of(result) == result["ops_per_second"] == pytest.approx(5000, rel=0.2)
 
 
 def test_ratio_of_two_cases() -> None:

@@ -108,7 +108,7 @@ def test_info(csvfast_command: Any) -> None:
 def test_info_json(csvfast_command: Any) -> None:
     shown = json.loads(csvfast_command("info", "--json").stdout)
     assert shown["version"] == csvfast.__version__
-    assert set(shown["kernels"]) == {"sm4", "sm3", "sm3-many", "ghash"}
+    assert set(shown["kernels"]) == {"sm4", "sm3", "sm3-many", "ghash", "sm2", "sm2-many"}
     for entry in shown["kernels"].values():
         assert entry["chosen"] in entry["available"]
         assert set(entry["available"]) <= set(entry["compiled"])

@@ -14,7 +14,7 @@ def test_info_is_json_and_says_what_runs():
     info = csvfast.info()
     assert json.loads(json.dumps(info)) == info
     assert info["version"] == csvfast.__version__
-    assert set(info["kernels"]) == {"sm4", "sm3", "sm3-many", "ghash"}
+    assert set(info["kernels"]) == {"sm4", "sm3", "sm3-many", "ghash", "sm2", "sm2-many"}
     for kernels in info["kernels"].values():
         assert kernels["compiled"][-1] == "portable", "the last resort is always there"
         assert "portable" in kernels["available"]
@@ -22,7 +22,7 @@ def test_info_is_json_and_says_what_runs():
         assert set(kernels["available"]) <= set(kernels["compiled"])
         # Names later tools look for.
         for name in kernels["compiled"]:
-            assert any(word in name for word in ("portable", "aesni", "gfni", "avx2", "avx512", "pclmul"))
+            assert any(word in name for word in ("portable", "aesni", "gfni", "avx2", "avx512", "pclmul", "adx"))
     assert info["cpu"]["count"] >= 1
     assert info["cpu"]["model"]
 
@@ -33,7 +33,7 @@ def test_choice_is_the_most_preferred_available_one():
         assert csvfast.info()["kernels"][primitive]["chosen"] == kernels["available"][0]
 
 
-@pytest.mark.parametrize("primitive", ["sm4", "sm3", "sm3-many", "ghash"])
+@pytest.mark.parametrize("primitive", ["sm4", "sm3", "sm3-many", "ghash", "sm2", "sm2-many"])
 def test_every_available_kernel_can_be_forced(primitive):
     automatic = csvfast.info()["kernels"][primitive]
     try:

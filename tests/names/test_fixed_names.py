@@ -19,6 +19,7 @@ SCRIPT = Path(sysconfig.get_path("scripts")) / "csvfast"
 BENCH_NAMES = {
     "sm4-xts-encrypt/4096", "sm4-xts-decrypt/4096", "sm4-xts-line/64", "sm4-ctr/65536", "sm3/1048576", "sm3-many/4096",
     "verity-sm3/4096", "memory-write/4096", "launch-encrypt-measure", "memcpy",
+    "sm2-sign", "sm2-verify", "sm2-verify-prepared", "sm2-verify-many",
 }  # fmt: skip
 ABC = "66c7f0f462eeedd9d1f2d46bdc10e4e24167c4875cf2f7a2297da02b8f4ba8e0"
 
@@ -63,9 +64,9 @@ def test_encrypted_memory(key: bytes) -> None:
 
 
 def test_kernels() -> None:
-    words = {"portable", "aesni", "gfni", "avx2", "avx512"}
+    words = {"portable", "aesni", "gfni", "avx2", "avx512", "adx", "ifma"}
     kernels = csvfast.info()["kernels"]
-    assert set(kernels) == {"sm4", "sm3", "sm3-many", "ghash"}
+    assert set(kernels) == {"sm4", "sm3", "sm3-many", "ghash", "sm2", "sm2-many"}
     for primitive, entry in kernels.items():
         for name in entry["compiled"]:
             assert any(word in name for word in words), name

@@ -16,6 +16,7 @@ from csvfast import _core
 pytest.importorskip("mypy", reason="mypy is not installed")
 
 HERE = Path(__file__).parent
+STUBBED = ["sm3", "hmac_sm3", "SM4XTS", "SM4CTR", "SM4GCM", "SM2PublicKey", "SM2PrivateKey", "Secret", "WorkerPool"]
 
 
 def mypy(tmp_path: Path, name: str) -> str:
@@ -54,7 +55,7 @@ def test_stub_names_exactly_what_the_extension_has():
     assert present - declared == {"_Output", "_start"}
 
 
-@pytest.mark.parametrize("name", ["sm3", "hmac_sm3", "SM4XTS", "SM4CTR", "SM4GCM", "WorkerPool", "Engine"])
+@pytest.mark.parametrize("name", [*STUBBED, "Engine"])
 def test_stub_methods_match(name):
     stub = (Path(_core.__file__).parent / "_core.pyi").read_text(encoding="utf-8")
     body = re.search(rf"^class {name}\b.*?(?=^\S|\Z)", stub, re.M | re.S)
@@ -70,7 +71,7 @@ def test_everything_public_is_documented():
             value = getattr(module, name)
             if inspect.isclass(value) or callable(value):
                 assert value.__doc__, name
-    for name in ("sm3", "hmac_sm3", "SM4XTS", "SM4CTR", "SM4GCM", "WorkerPool", "EncryptedMemory"):
+    for name in (*STUBBED, "EncryptedMemory"):
         assert "Thread-safety" in getattr(csvfast, name).__doc__
         for member, value in vars(getattr(csvfast, name)).items():
             if not member.startswith("_") and callable(value):
@@ -80,6 +81,7 @@ def test_everything_public_is_documented():
 def test_signatures_can_be_inspected():
     assert str(inspect.signature(csvfast.SM4XTS.encrypt)) == "(self, /, data, unit=0, out=None)"
     assert str(inspect.signature(csvfast.SM4XTS)) == "(key, *, standard='gb', unit_size=4096, pool=None)"
-    for name in ("sm3", "hmac_sm3", "SM4CTR", "SM4GCM", "WorkerPool", "EncryptedMemory"):
+    assert str(inspect.signature(csvfast.SM2PrivateKey.sign)) == "(self, /, message, *, user_id=b'1234567812345678')"
+    for name in (*STUBBED, "EncryptedMemory"):
         assert inspect.signature(getattr(csvfast, name)).parameters
     assert list(inspect.signature(csvfast.EncryptedMemory.write).parameters) == ["self", "address", "data", "asid"]

@@ -1,0 +1,75 @@
+"""The security processor with all its commands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+
+from csvfast.processor.csv3_migration import Csv3MigrationCommands
+from csvfast.processor.state import StateDirectory
+from csvfast.processor.states import PlatformState
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from csvfast.memory import EncryptedMemory
+
+__all__ = ["Processor"]
+
+
+class Processor(Csv3MigrationCommands):
+    """The security processor of one chip, in front of one memory.
+
+    The arguments are those of ProcessorCore: chip, memory, profile, options, storage. Every command is a method; a refusal is a
+    FirmwareError with the code the real firmware would answer, and changes nothing.
+
+        line = ManufacturingLine.create()
+        with EncryptedMemory(64 << 20) as memory, Processor(line.make_chip(), memory) as processor:
+            processor.init()
+            handle = processor.launch_start(GuestPolicy.of(nodbg=True))
+            processor.activate(handle, 1)
+            memory.write(0x100000, firmware, asid=0)
+            processor.launch_update_data(handle, 0x100000, len(firmware))
+            processor.launch_measure(handle)
+            processor.launch_finish(handle)
+
+    Thread-safety: any thread may call any command; they run one after another, as through the real mailbox.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        memory: EncryptedMemory,
+        *,
+        _entropy: Callable[[int], bytes] | None = None,
+        **options: Any,
+    ) -> Self:
+        """A processor on a chip's directory, which it locks until close(). `options` are those of the constructor besides.
+
+        Raises: StateError, OSError.
+        """
+        storage = StateDirectory(directory)
+        try:
+            return cls(storage.chip, memory, storage=storage, _entropy=_entropy, **options)
+        except BaseException:
+            storage.close()
+            raise
+
+    def close(self) -> None:
+        """Power off: guests are lost, keys leave the memory, the state directory is unlocked. Closing twice does nothing."""
+        with self.lock:
+            if self.state is not PlatformState.UNINIT:
+                self.shutdown()
+            if self.storage is not None:
+                self.storage.close()
+                self.identity = None  # its keys wipe themselves; the directory has them
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,299 @@
+"""Where a platform's keys persist: one file in the chip's directory, replaced as a whole.
+
+    directory (0700)    the chip's identity files (csvfast.certs.chip) and
+      platform.state    PEK, PDH, OCA keys and certificates, ownership (0600); absent on a platform in factory state
+      platform.lock     held with flock by the one process that uses the directory
+
+    platform.state: 0 "CSVFSTAT" 8 | 8 format version 4 | 12 flags 4 (bit 0: externally owned) | 16 PEK key 32 | 48 PDH key 32 |
+        80 OCA key 32 (zero when externally owned) | 112 PEK 2084 | 2196 PDH 2084 | 4280 OCA 2084 | 6364 MAC 32
+
+The MAC is HMAC-SM3 under a key derived from the chip's root secret: a file that was damaged, cut or taken from another chip
+is refused, and so is one whose keys and certificates do not belong together. A change is written to a new file, synced to
+the disk and renamed over the old one, and the directory is synced: a kill or a power failure at any moment leaves the old state
+or the new one. Keys pass through buffers that are wiped.
+
+Thread-safety: load, save and erase may be called from any thread; the processor calls them under its lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from csvfast.certs.chip import ChipIdentity
+from csvfast.certs.layout import CSV_BYTES, CsvCertificate, KeyUsage
+from csvfast.certs.private import check_private_directory
+from csvfast.crypto import SM2PrivateKey, hmac_sm3
+from csvfast.errors import AuthenticationError, CsvfastError, StateError
+from csvfast.processor.derivation import derive, wipe
+from csvfast.processor.identity import PlatformIdentity
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["STATE_BYTES", "STATE_FILE", "StateDirectory"]
+
+STATE_FILE: Final = "platform.state"
+STATE_BYTES: Final = 6396
+LOCK_FILE: Final = "platform.lock"
+_MAGIC: Final = b"CSVFSTAT"
+_VERSION: Final = 1
+_OWNED: Final = 1
+_KEYS: Final = 16
+_CERTIFICATES: Final = 112
+_MAC: Final = STATE_BYTES - 32
+_TEMPORARY: Final = ".platform-state.part"
+
+
+class StateDirectory:
+    """One platform's directory, open and locked.
+
+    Args:
+        path: directory made by `csvfast chip new` or ChipIdentity.save().
+    Attributes: path; chip, the ChipIdentity in it.
+    Raises StateError: not there, not private, damaged, or in use by another process. OSError.
+
+        with StateDirectory("chip") as storage:
+            processor = Processor(storage.chip, memory, storage=storage)
+    """
+
+    __slots__ = ("_lock", "_mutex", "chip", "path")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100  (the process may change its directory; links stay)
+        self._lock: int | None = None
+        self._mutex = threading.Lock()
+        check_private_directory(self.path)
+        self._lock = _locked(self.path / LOCK_FILE)
+        try:
+            # What a kill in the middle of save() left; nobody else can be writing it now.
+            (self.path / _TEMPORARY).unlink(missing_ok=True)
+            self.chip = ChipIdentity.load(self.path)
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self) -> PlatformIdentity | None:
+        """The stored keys, or None in factory state. Raises StateError (damaged, foreign, not private), naming the file."""
+        with self._mutex:
+            self._check_open()
+            file = self.path / STATE_FILE
+            content = _read_private(file)
+            if content is None:
+                return None
+            try:
+                return self._decode(content, file)
+            finally:
+                wipe(content)
+
+    def save(self, identity: PlatformIdentity) -> None:
+        """Stores the keys; after it returns they survive a power failure.
+
+        Raises OSError, StateError. The old ones stay then, unless it was the directory that could not be synced: a power
+        failure decides in that case which of the two is found."""
+        with self._mutex:
+            self._check_open()
+            content = self._encode(identity)
+            temporary = self.path / _TEMPORARY
+            try:
+                temporary.unlink(missing_ok=True)
+                _write_private(temporary, content)
+                temporary.replace(self.path / STATE_FILE)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
+            finally:
+                wipe(content)
+            _sync_directory(self.path)
+
+    def erase(self) -> None:
+        """Back to factory state: the stored keys are overwritten and deleted. Raises OSError, StateError.
+
+        Overwriting is of little use on flash or copy-on-write file systems; there the directory must stand on encrypted storage.
+        """
+        with self._mutex:
+            self._check_open()
+            file = self.path / STATE_FILE
+            # Renamed first, so that no moment leaves a half-overwritten state behind.
+            try:
+                file.replace(self.path / _TEMPORARY)
+            except FileNotFoundError:
+                return
+            _sync_directory(self.path)
+            handle = os.open(self.path / _TEMPORARY, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                os.write(handle, bytes(STATE_BYTES))
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            (self.path / _TEMPORARY).unlink()
+            _sync_directory(self.path)
+
+    def close(self) -> None:
+        """Lets another process have the directory. Closing twice does nothing."""
+        with self._mutex:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<StateDirectory {self.path}{'' if self._lock is not None else ', closed'}>"
+
+    def _check_open(self) -> None:
+        if self._lock is None:
+            raise StateError(f"{self.path}: the directory has been closed")
+
+    def _mac(self, body: memoryview) -> hmac_sm3:
+        key = derive(self.chip.root_secret, b"csvfast-platform-state", b"", 32)
+        try:
+            return hmac_sm3(key, body)
+        finally:
+            wipe(key)
+
+    def _encode(self, identity: PlatformIdentity) -> bytearray:
+        content = bytearray(STATE_BYTES)
+        content[:8] = _MAGIC
+        content[8:12] = _VERSION.to_bytes(4, "little")
+        content[12:16] = (_OWNED if identity.externally_owned else 0).to_bytes(4, "little")
+        for index, key in enumerate((identity.pek_key, identity.pdh_key, identity.oca_key)):
+            if key is not None:
+                secret = key.secret()
+                content[_KEYS + 32 * index : _KEYS + 32 * (index + 1)] = memoryview(secret)
+                secret.wipe()
+        certificates = identity.pek.encoded + identity.pdh.encoded + identity.oca.encoded
+        content[_CERTIFICATES:_MAC] = certificates
+        with memoryview(content) as view:
+            content[_MAC:] = self._mac(view[:_MAC]).digest()
+        return content
+
+    def _decode(self, content: bytearray, file: Path) -> PlatformIdentity:
+        if len(content) != STATE_BYTES or content[:8] != _MAGIC:
+            raise StateError(f"{file}: is no platform state of {STATE_BYTES} bytes")
+        version = int.from_bytes(content[8:12], "little")
+        if version != _VERSION:
+            raise StateError(f"{file}: format version {version}; expected {_VERSION}")
+        with memoryview(content) as view:
+            try:
+                self._mac(view[:_MAC]).verify(view[_MAC:])
+            except AuthenticationError:
+                raise StateError(f"{file}: is damaged or belongs to another chip") from None
+            flags = int.from_bytes(view[12:16], "little")
+            try:
+                pek, pdh, oca = (
+                    CsvCertificate.parse(view[start : start + CSV_BYTES])
+                    for start in range(_CERTIFICATES, _MAC, CSV_BYTES)
+                )
+                keys = [
+                    None if index == 2 and flags & _OWNED else SM2PrivateKey(view[start : start + 32])
+                    for index, start in enumerate(range(_KEYS, _CERTIFICATES, 32))
+                ]
+                identity = self._checked(keys, (pek, pdh, oca), file)
+            except StateError:
+                raise
+            except CsvfastError as problem:
+                raise StateError(f"{file}: is damaged: {problem}") from None
+        return identity
+
+    def _checked(
+        self,
+        keys: list[SM2PrivateKey | None],
+        certificates: tuple[CsvCertificate, CsvCertificate, CsvCertificate],
+        file: Path,
+    ) -> PlatformIdentity:
+        """Every key is its certificate's, and every certificate is signed by whom it must be."""
+        (pek_key, pdh_key, oca_key), (pek, pdh, oca) = keys, certificates
+        if pek_key is None or pdh_key is None:
+            raise StateError(f"{file}: a key is missing")
+        for name, key, certificate in (("PEK", pek_key, pek), ("PDH", pdh_key, pdh), ("OCA", oca_key, oca)):
+            if key is not None and key.public_key.point != certificate.point:
+                raise StateError(f"{file}: the {name} key is not that of the {name} certificate")
+        for name, subject, slot, signer, usage in (
+            ("PEK", pek, 0, self.chip.cek, KeyUsage.CEK),
+            ("PEK", pek, 1, oca, KeyUsage.OCA),
+            ("PDH", pdh, 0, pek, KeyUsage.PEK),
+        ):
+            found = subject.slots[slot]
+            try:
+                if found.usage != usage:
+                    raise StateError(f"{file}: slot {slot + 1} of the {name} is not for {usage.name}")
+                signer.public_key.verify(found.signature, subject.body, user_id=signer.user_id)
+            except AuthenticationError:
+                raise StateError(f"{file}: the {name} is not signed by this platform's {usage.name}") from None
+        return PlatformIdentity(pek_key, pek, pdh_key, pdh, oca, oca_key)
+
+
+def _locked(path: Path) -> int:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise StateError(f"{path.parent}: another processor is using this directory") from None
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _read_private(path: Path) -> bytearray | None:
+    """The file's bytes (one more than a state has at most), None if there is none. StateError if others can read it."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror}") from None
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise StateError(f"{path}: is no regular file")
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise StateError(
+                f"{path}: owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}; expected owner {os.geteuid()} and "
+                "nobody else (0600)"
+            )
+        content = bytearray(STATE_BYTES + 1)
+        done = 0
+        with memoryview(content) as view:
+            while done < len(content) and (count := file.readinto(view[done:])):
+                done += count
+        if done < len(content):
+            shorter = content[:done]
+            wipe(content)
+            return shorter
+        return content
+
+
+def _write_private(path: Path, content: bytearray) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(handle, 0o600)  # a umask of 0777 would give less
+        with memoryview(content) as view:
+            done = 0
+            while done < len(view):
+                done += os.write(handle, view[done:])
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

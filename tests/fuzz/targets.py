@@ -1,0 +1,326 @@
+"""What is fuzzed: seeds to start from, and a call that answers an input with something hashable or lets an exception escape.
+
+An answer is a short description of what came out: the value's kind, or the exception's class and field. csvfast's own exceptions for
+bad input are answers; anything else that escapes is a finding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from pathlib import Path
+
+import csvfast
+from csvfast.attest import claims, verify
+from csvfast.certs.bundle import parse_bundle
+from csvfast.certs.layout import CA_BYTES, CaCertificate, CsvCertificate
+from csvfast.certs.manufacturing import ManufacturingLine
+from csvfast.crypto import sm2
+from csvfast.errors import CsvfastError, FirmwareError, FirmwareStatus, FormatError, VerificationError
+from csvfast.processor.commands import LAYOUTS, Command
+from csvfast.processor.mailbox import Mailbox
+from csvfast.processor.options import Options
+from csvfast.processor.processor import Processor
+from csvfast.processor.session import SessionBlob, make_session, open_session
+from csvfast.report.build import build_report_v1, build_report_v2, client_report
+from csvfast.report.event_log import EventLog
+from csvfast.report.evidence import Evidence, read_evidence
+from csvfast.report.layout import Report
+from csvfast.report.policy import GuestPolicy
+from csvfast.report.request import ReportRequest
+
+__all__ = ["TARGETS", "Target"]
+
+
+class Target(ABC):
+    """One thing to fuzz. `text` tells the mutator that the format is text."""
+
+    text = False
+
+    def __init__(self) -> None:
+        self.seeds: list[bytes] = []
+
+    @abstractmethod
+    def handle(self, data: bytes) -> Hashable:
+        """Works off one input."""
+
+    def answer(self, data: bytes) -> Hashable:
+        """The input's answer. Only what csvfast promises to raise for bad input is caught."""
+        try:
+            return self.handle(data)
+        except FormatError as error:
+            return "FormatError", error.structure, error.field
+        except VerificationError as error:
+            return "VerificationError", error.step
+        except FirmwareError as error:
+            return "FirmwareError", int(error.status)
+        except CsvfastError as error:
+            return type(error).__name__
+
+
+_line = ManufacturingLine.create()
+_chip = _line.make_chip()
+
+
+def _platform() -> tuple[csvfast.EncryptedMemory, Processor]:
+    memory = csvfast.EncryptedMemory(4 << 20, asid_max=8)
+    processor = Processor(_chip, memory, options=Options(cores=1, max_guests=8))
+    processor.init(es=True, tmr_address=1 << 20, tmr_length=1 << 20)
+    return memory, processor
+
+
+class CertificateTarget(Target):
+    """CA and CSV certificates, alone and in files that hold several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _memory, processor = _platform()
+        pdh, chain = processor.pdh_cert_export()
+        hsk_cek = _chip.hsk_cek
+        self.seeds = [
+            _line.root.encoded, _line.hsk.encoded, _chip.cek.encoded, pdh, chain[:2084], chain[2084:4168], hsk_cek,
+            bytes(pdh) + bytes(chain) + _line.hsk.encoded + _line.root.encoded,
+        ]  # fmt: skip
+
+    def handle(self, data: bytes) -> Hashable:
+        if len(data) == CA_BYTES:
+            ca = CaCertificate.parse(data)
+            assert ca.encoded == data
+            ca.public_key  # noqa: B018
+            return "CA", ca.usage, len(ca.user_id)
+        if len(data) == 2084:
+            csv = CsvCertificate.parse(data)
+            assert csv.encoded == data
+            slots = tuple((slot.usage, slot.is_empty) for slot in csv.slots)
+            csv.public_key  # noqa: B018
+            return "CSV", csv.usage, slots
+        return tuple(parse_bundle(data).certificates())
+
+
+def _pages() -> list[bytes]:
+    memory, processor = _platform()
+    handle = processor.launch_start(GuestPolicy(0x05))
+    processor.activate(handle, 1)
+    processor.launch_measure(handle)
+    guest = processor.guests[handle]
+    assert processor.identity is not None
+    assert guest.measure is not None
+    pek_key, pek = processor.identity.pek_key, processor.identity.pek
+    shared = {
+        "user_pubkey_digest": guest.user_pubkey_digest, "vm_id": guest.vm_id, "vm_version": guest.vm_version,
+        "report_data": bytes(range(64)), "mnonce": bytes(range(16)), "measure": guest.measure, "policy": guest.policy,
+        "pek_key": pek_key, "pek": pek, "chip_id": _chip.chip_id, "sealing_key": bytes(range(32)),
+    }  # fmt: skip
+    first = bytes(build_report_v1(**shared, anonce=b"\x26\xd7\xc7\x5d"))  # type: ignore[arg-type]
+    second = bytes(build_report_v2(**shared, build=2337, rtmr_version=1, rtmrs=[guest.measure, *[bytes(32)] * 4]))  # type: ignore[arg-type]
+    memory.close()
+    return [first, second, bytes(client_report(first)), bytes(client_report(second))]
+
+
+class ReportTarget(Target):
+    """Report pages and request pages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pages = _pages()
+        self.seeds = [*pages, pages[0][:0x9F4], pages[1][:0xD34], ReportRequest.build(b"data"), ReportRequest.build(b"x", extended=True)]
+
+    def handle(self, data: bytes) -> Hashable:
+        if data[112:120] == b"ATTESTAT" or len(data) < 2000:
+            request = ReportRequest.parse(data)
+            return "request", request.extended, request.hash_is_valid
+        report = Report.parse(data)
+        claims(report)
+        return report.version, report.pek_is_masked, report.sealing_key_is_present, report.mac_is_valid(), report.pek.usage
+
+
+class EvidenceTarget(Target):
+    """Evidence in every binary encoding, read and verified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for page in _pages():
+            evidence = read_evidence(page).with_certificates(_chip.hsk_cek)
+            self.seeds.append(page)
+            for write in (Evidence.to_csv_rs, Evidence.to_rats_tls, Evidence.to_librats):
+                try:
+                    self.seeds.append(write(evidence))
+                except CsvfastError:
+                    continue  # this encoding cannot carry this report
+        self.tried = 0
+
+    def handle(self, data: bytes) -> Hashable:
+        evidence = read_evidence(data)
+        self.tried += 1
+        if self.tried % 16:  # signatures cost more than everything else together
+            return evidence.encoding, evidence.report.version, evidence.hsk is None, evidence.pek.usage
+        verified = verify(evidence, roots=[_line.root])
+        return evidence.encoding, verified.complete
+
+
+class EvidenceJsonTarget(Target):
+    """Evidence as csv-rs and trustee write it. Arrays of the real size are one seed; most seeds are short, to be quick."""
+
+    text = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        page = _pages()[2]
+        evidence = read_evidence(page).with_certificates(_chip.hsk_cek)
+        whole = evidence.to_json()
+        document = json.loads(whole)
+
+        def shortened(value: object) -> object:
+            if isinstance(value, dict):
+                return {name: shortened(member) for name, member in value.items()}
+            return value[:2] if isinstance(value, list) and len(value) > 16 else value
+
+        short = shortened(document)
+        assert isinstance(short, dict)
+        self.seeds = [json.dumps(short, separators=(",", ":")).encode() for _ in range(40)]
+        for name in document:
+            self.seeds.append(json.dumps({key: short[key] for key in document if key != name}).encode())
+        self.seeds += [whole, b"{}", b"[]", b'{"attestation_report":{"magic":[],"flags":0,"data":[]}}']
+
+    def handle(self, data: bytes) -> Hashable:
+        evidence = read_evidence(data)
+        return evidence.encoding, evidence.report.version, evidence.event_log is None
+
+
+class EventLogTarget(Target):
+    """CC event logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        header = struct.pack("<II20s", 0, 3, bytes(20))
+        body = b"Spec ID Event03\0" + struct.pack("<IBBBBI", 0, 0, 2, 0, 2, 2) + struct.pack("<HHHH", 0x0C, 48, 0x12, 32) + b"\0"
+        first = header + struct.pack("<I", len(body)) + body
+        event = struct.pack("<IIIH", 1, 0x80000008, 1, 0x12) + bytes(range(32)) + struct.pack("<I", 4) + b"data"
+        both = struct.pack("<IIIH", 2, 4, 2, 0x0C) + bytes(48) + struct.pack("<H", 0x12) + bytes(32) + struct.pack("<I", 0)
+        self.seeds = [first, first + event, first + event + both + event, first + event + b"\xff" * 64, first + both + bytes(64)]
+
+    def handle(self, data: bytes) -> Hashable:
+        log = EventLog.parse(data)
+        return len(log.events), tuple(sorted(log.replay()))
+
+
+class SessionTarget(Target):
+    """Session blobs as the firmware opens them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _memory, self.processor = _platform()
+        assert self.processor.identity is not None
+        self.policy = GuestPolicy(5)
+        pdh, _chain = self.processor.pdh_cert_export()
+        self.owner = make_session(CsvCertificate.parse(pdh), self.policy)
+        self.seeds = [bytes(self.owner.blob)] * 3 + [bytes(772)]
+        self.tried = 0
+
+    def handle(self, data: bytes) -> Hashable:
+        blob = SessionBlob.parse(data)
+        assert blob.encode() == data
+        self.tried += 1
+        if self.tried % 8:
+            return "parsed"
+        assert self.processor.identity is not None
+        open_session(data, self.processor.identity.pdh_key, self.owner.certificate, self.policy)
+        assert data == self.owner.blob, "a changed session was opened"
+        return "opened"
+
+
+class KeyTarget(Target):
+    """SM2 keys, signatures and ciphertexts in DER and PEM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        key = csvfast.crypto.SM2PrivateKey.generate()
+        public = key.public_key
+        encrypted = sm2.ciphertext_to_der(public.encrypt(b"0123456789abcdef"))
+        self.seeds = [
+            sm2.dump_private_key(key, encoding="der"), sm2.dump_private_key(key, encoding="der", format="sec1"), sm2.dump_private_key(key),
+            sm2.dump_public_key(public, encoding="der"), sm2.dump_public_key(public), sm2.signature_to_der(key.sign(b"x")), encrypted,
+            sm2.dump_private_key(key, encoding="der", password=b"secret"),
+        ]  # fmt: skip
+        self.readers = itertools.cycle(
+            [sm2.load_private_key, sm2.load_public_key, sm2.signature_from_der, sm2.ciphertext_from_der]
+        )
+
+    def handle(self, data: bytes) -> Hashable:
+        reader = next(self.readers)
+        reader(data)
+        return reader.__name__
+
+
+class MailboxTarget(Target):
+    """Command buffers. The input is a script: {u16 command, u8 place, u8 length, bytes} repeated; all of it in host memory."""
+
+    MEMORY = 4 << 20
+    BLOCKS = 3 << 20
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+        place = self.BLOCKS + 0x1000
+        u = struct.pack
+        script = [
+            (Command.LAUNCH_START, u("<IIQIIQI", 0, 5, 0, 0, 0, 0, 0)), (Command.ACTIVATE, u("<II", 1, 1)),
+            (Command.LAUNCH_UPDATE_DATA, u("<IIQI", 1, 0, 2 << 20, 4096)), (Command.LAUNCH_UPDATE_VMSA, u("<IIQI", 1, 0, (2 << 20) + 4096, 4096)),
+            (Command.LAUNCH_MEASURE, u("<IIQI", 1, 0, place, 48)), (Command.LAUNCH_FINISH, u("<I", 1)),
+            (Command.ATTESTATION, u("<IIQ16sI", 1, 0, place, b"VM_ATTESTATION", 4096)), (Command.DBG_DECRYPT, u("<IIQQI", 1, 0, 2 << 20, place, 64)),
+            (Command.DEACTIVATE, u("<I", 1)), (Command.DF_FLUSH, b""), (Command.DECOMMISSION, u("<I", 1)),
+            (Command.PDH_CERT_EXPORT, u("<QIIQI", place, 2084, 0, place + 4096, 6252)), (Command.PLATFORM_STATUS, bytes(12)),
+        ]  # fmt: skip
+        packed = [u("<HBB", int(command), 0, len(block)) + block for command, block in script]
+        self.seeds = [b"".join(packed), b"".join(packed[:6]), b"".join(packed[:2]) + packed[9], *packed]
+        for command, layout in LAYOUTS.items():
+            self.seeds.append(u("<HBB", int(command), 0, layout.size & 255) + bytes(layout.size & 255))
+
+    def reset(self) -> None:
+        self.memory, self.processor = _platform()
+        self.mailbox = Mailbox(self.processor)
+        self.runs = 0
+
+    def handle(self, data: bytes) -> Hashable:
+        self.runs += 1
+        if self.runs % 5000 == 0:
+            self.memory.close()
+            self.reset()
+        answers = []
+        offset = 0
+        while offset + 4 <= len(data) and len(answers) < 16:
+            command, place, length = struct.unpack_from("<HBB", data, offset)
+            block = data[offset + 4 : offset + 4 + length]
+            offset += 4 + length
+            address = self.BLOCKS + (place & 0xF0) * 16 if place < 0xF0 else (1 << 64) - place
+            if place < 0xF0 and block:
+                self.memory.write(address, block, 0)
+            status = self.mailbox.command(command, address)
+            assert isinstance(status, FirmwareStatus)
+            answers.append((command if command in LAYOUTS else 0, int(status)))
+        if self.processor.state == 0:  # a script shut the platform down; the next one starts from INIT again
+            self.processor.init(es=True, tmr_address=1 << 20, tmr_length=1 << 20)
+        return answers[-1] if answers else None
+
+
+def real_evidence() -> bytes | None:
+    """The evidence of a real chip, where the tests' data folder has it: one more seed."""
+    folder = Path(os.environ.get("CSVFAST_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+    place = folder / "hygon" / "csv_evidence.json"
+    return place.read_bytes() if place.is_file() else None
+
+
+TARGETS: dict[str, type[Target]] = {
+    "certificate": CertificateTarget,
+    "report": ReportTarget,
+    "evidence": EvidenceTarget,
+    "evidence-json": EvidenceJsonTarget,
+    "event-log": EventLogTarget,
+    "session": SessionTarget,
+    "key": KeyTarget,
+    "mailbox": MailboxTarget,
+}
