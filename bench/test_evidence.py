@@ -33,6 +33,12 @@ def test_parse_and_claims(benchmark: Any, platform: Any) -> None:
     benchmark(lambda: claims(read_evidence(raw)))
 
 
+def test_parse_json(benchmark: Any, platform: Any) -> None:
+    benchmark.group = "evidence: parse and claims, nothing verified"
+    raw = platform.evidence().to_json()
+    benchmark(lambda: claims(read_evidence(raw)))
+
+
 def test_verify_uncached(benchmark: Any, platform: Any) -> None:
     benchmark.group = "evidence: parse, verify, claims"
     raw, roots = platform.evidence().to_rats_tls(), platform.roots

@@ -1,12 +1,18 @@
 /* Launch: plaintext already in DRAM is measured and becomes a guest's memory.
  *
- * The work goes in chunks that stay in L2 between being hashed and being encrypted: measuring everything first would fetch the
- * memory twice. A linear digest is serial, so with workers the encryption (and the page digests) of one chunk runs beside the
- * hashing of the next. */
+ * What a linear digest covers is read once, into a private copy that is hashed and then encrypted from: a host that writes to the
+ * memory meanwhile must not get other bytes encrypted than were measured. Page digests alone work in place.
+ *
+ * The work goes in chunks that stay in cache between being hashed and being encrypted: measuring everything first would fetch the
+ * memory twice. A linear digest is serial, so with workers the encryption of one chunk runs beside the hashing of the next. */
+#include <stdlib.h>
+#include <string.h>
+
 #include "engine.h"
 
 enum {
     CHUNK_PAGES = 32,           /* 128 KiB: a full set of SM3 lanes */
+    COPY_PAGES = 4,             /* 16 KiB: hashed and encrypted out of the first-level cache */
     PIPELINE_PAGES = 64,        /* 256 KiB, ~0.5 ms of serial hashing: long against waking a worker */
     POOL_PAGES_MIN = 128
 };
@@ -14,7 +20,8 @@ enum {
 typedef struct launch_work {
     const csvf_engine *engine;
     const csvf_xts *xts;
-    uint8_t *pages;
+    uint8_t *pages;             /* in the DRAM */
+    const uint8_t *plain;       /* what is encrypted into them: the copy, or the pages themselves */
     uint8_t *digests;           /* NULL = not wanted */
     uint64_t pfn;
 } launch_work;
@@ -25,41 +32,53 @@ static int launch_piece(void *context, size_t begin, size_t end)
     const launch_work *work = context;
     for (size_t first = begin; first < end; first += CHUNK_PAGES) {
         const size_t count = end - first < CHUNK_PAGES ? end - first : CHUNK_PAGES;
-        uint8_t *pages = work->pages + first * CSVF_PAGE_BYTES;
+        const uint8_t *plain = work->plain + first * CSVF_PAGE_BYTES;
         if (work->digests) {
-            const int status = csvf_sm3_blocks(work->digests + first * CSVF_SM3_BYTES, NULL, 0, pages, CSVF_PAGE_BYTES, count);
+            const int status = csvf_sm3_blocks(work->digests + first * CSVF_SM3_BYTES, NULL, 0, plain, CSVF_PAGE_BYTES, count);
             if (status != CSVF_OK)
                 return status;
         }
-        csvf__transform_pages(work->engine, work->xts, pages, pages, work->pfn + first, count, 0);
+        csvf__transform_pages(work->engine, work->xts, work->pages + first * CSVF_PAGE_BYTES, plain, work->pfn + first, count, 0);
     }
     return CSVF_OK;
 }
 
+/* Without workers. Page digests want many pages at once, more than a copy on the stack has room for: they are taken in place. */
 static int launch_alone(const launch_work *work, csvf_sm3 *linear, size_t pages)
 {
+    if (!linear)
+        return launch_piece((void *)work, 0, pages);
+    uint8_t copy[COPY_PAGES * CSVF_PAGE_BYTES] __attribute__((aligned(64)));
     launch_work now = *work;
-    for (size_t first = 0; first < pages; first += CHUNK_PAGES) {
-        const size_t count = pages - first < CHUNK_PAGES ? pages - first : CHUNK_PAGES;
-        if (linear)
-            csvf_sm3_update(linear, work->pages + first * CSVF_PAGE_BYTES, count * CSVF_PAGE_BYTES);
-        const int status = launch_piece(&now, first, first + count);
-        if (status != CSVF_OK)
-            return status;
+    int status = CSVF_OK;
+    now.plain = copy;
+    for (size_t first = 0; first < pages && status == CSVF_OK; first += COPY_PAGES) {
+        const size_t count = pages - first < COPY_PAGES ? pages - first : COPY_PAGES;
+        now.pages = work->pages + first * CSVF_PAGE_BYTES;
+        now.digests = work->digests ? work->digests + first * CSVF_SM3_BYTES : NULL;
+        now.pfn = work->pfn + first;
+        memcpy(copy, now.pages, count * CSVF_PAGE_BYTES);
+        csvf_sm3_update(linear, copy, count * CSVF_PAGE_BYTES);
+        status = launch_piece(&now, 0, count);
     }
-    return CSVF_OK;
+    csvf_wipe(copy, sizeof copy);
+    return status;
 }
 
-static int launch_pipeline(const launch_work *work, csvf_sm3 *linear, size_t pages, csvf_pool *pool)
+/* With workers. `copies` has room for two chunks: one is hashed while the other is encrypted. */
+static int launch_pipeline(const launch_work *work, csvf_sm3 *linear, size_t pages, csvf_pool *pool, uint8_t *copies)
 {
     launch_work now = *work;
     int status = CSVF_OK, is_running = 0;
     for (size_t first = 0; first < pages && status == CSVF_OK; first += PIPELINE_PAGES) {
         const size_t count = pages - first < PIPELINE_PAGES ? pages - first : PIPELINE_PAGES;
-        csvf_sm3_update(linear, work->pages + first * CSVF_PAGE_BYTES, count * CSVF_PAGE_BYTES);
+        uint8_t *copy = copies + first / PIPELINE_PAGES % 2 * PIPELINE_PAGES * CSVF_PAGE_BYTES;
+        memcpy(copy, work->pages + first * CSVF_PAGE_BYTES, count * CSVF_PAGE_BYTES);
+        csvf_sm3_update(linear, copy, count * CSVF_PAGE_BYTES);
         if (is_running)
             status = csvf__pool_finish(pool);
         now.pages = work->pages + first * CSVF_PAGE_BYTES;
+        now.plain = copy;
         now.digests = work->digests ? work->digests + first * CSVF_SM3_BYTES : NULL;
         now.pfn = work->pfn + first;
         is_running = csvf__pool_begin_if_idle(pool, launch_piece, &now, count, CHUNK_PAGES);
@@ -76,12 +95,19 @@ static int launch_pipeline(const launch_work *work, csvf_sm3 *linear, size_t pag
 static int launch_pages(csvf__access *access, csvf_sm3 *linear, uint8_t *digests, uint64_t address, size_t pages)
 {
     csvf_engine *engine = access->engine;
-    launch_work work = {engine, access->pin.xts, csvf__at(engine, address), digests, address / CSVF_PAGE_BYTES};
+    uint8_t *place = csvf__at(engine, address);
+    launch_work work = {engine, access->pin.xts, place, place, digests, address / CSVF_PAGE_BYTES};
     access->encrypted += (uint64_t)pages * CSVF_PAGE_BYTES;
     if (engine->pool && pages >= POOL_PAGES_MIN) {
-        if (linear)
-            return launch_pipeline(&work, linear, pages, engine->pool);
-        if (csvf__pool_begin_if_idle(engine->pool, launch_piece, &work, pages, CHUNK_PAGES))
+        const size_t room = (size_t)2 * PIPELINE_PAGES * CSVF_PAGE_BYTES;
+        uint8_t *copies = linear ? aligned_alloc(CSVF_PAGE_BYTES, room) : NULL;
+        if (copies) {
+            const int status = launch_pipeline(&work, linear, pages, engine->pool, copies);
+            csvf_wipe(copies, room);
+            free(copies);
+            return status;
+        }
+        if (!linear && csvf__pool_begin_if_idle(engine->pool, launch_piece, &work, pages, CHUNK_PAGES))
             return csvf__pool_finish(engine->pool);
     }
     return launch_alone(&work, linear, pages);
@@ -91,9 +117,15 @@ static int launch_pages(csvf__access *access, csvf_sm3 *linear, uint8_t *digests
 static void launch_part(csvf__access *access, csvf_sm3 *linear, uint64_t address, size_t length)
 {
     uint8_t *place = csvf__at(access->engine, address);
-    if (linear)
-        csvf_sm3_update(linear, place, length);
-    csvf__transform(access, place, place, address, length, 0);
+    if (!linear) {
+        csvf__transform(access, place, place, address, length, 0);
+        return;
+    }
+    uint8_t copy[CSVF_PAGE_BYTES];
+    memcpy(copy, place, length);
+    csvf_sm3_update(linear, copy, length);
+    csvf__transform(access, place, copy, address, length, 0);
+    csvf_wipe(copy, length);
 }
 
 int csvf_launch_update(csvf_engine *engine, csvf_sm3 *linear, uint8_t *digests, uint32_t asid, uint64_t address,

@@ -21,6 +21,4 @@ const csvf_sm2_kernel csvf__sm2_adx = {
 };
 
 #include "../target_end.h"
-#else
-typedef int csvf__sm2_adx_unused;     /* ISO C wants a declaration in every file */
 #endif

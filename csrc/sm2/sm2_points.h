@@ -62,24 +62,25 @@ static void field_invert(uint64_t out[4], const uint64_t a[4])
     field_multiply(out, t, a);
 }
 
-/* Infinity doubles to infinity. */
+/* Infinity doubles to infinity. The order is that of the machine, not of the book: between the links of the long chain Z^2, M, M^2, X, Y stand
+ * multiplications that do not wait for it. */
 static __attribute__((noinline)) void point_double(jacobian *out, const jacobian *a)
 {
     uint64_t s[4], m[4], t[4], y[4], z_squared[4];
     field_square(z_squared, a->z);
     field_add(y, a->y, a->y);
-    field_multiply(out->z, y, a->z);
-    field_square(y, y);                     /* 4 Y^2 */
-    field_multiply(s, y, a->x);             /* S = 4 X Y^2 */
-    field_square(y, y);
-    field_halve(y, y);                      /* 8 Y^4 */
     field_add(t, a->x, z_squared);
     field_subtract(m, a->x, z_squared);
+    field_multiply(out->z, y, a->z);
+    field_square(y, y);                     /* 4 Y^2 */
     field_multiply(m, m, t);
+    field_multiply(s, y, a->x);             /* S = 4 X Y^2 */
     field_add(t, m, m);
+    field_square(y, y);
     field_add(m, m, t);                     /* M = 3 (X - Z^2)(X + Z^2) */
-    field_square(out->x, m);
     field_add(t, s, s);
+    field_square(out->x, m);
+    field_halve(y, y);                      /* 8 Y^4 */
     field_subtract(out->x, out->x, t);
     field_subtract(t, s, out->x);
     field_multiply(t, t, m);
@@ -90,12 +91,12 @@ static __attribute__((noinline)) void point_double(jacobian *out, const jacobian
 static inline void point_add_finish(jacobian *out, const uint64_t u[4], const uint64_t s[4], const uint64_t h[4], const uint64_t r[4])
 {
     uint64_t square[4], cube[4], v[4], t[4];
-    field_square(square, h);
-    field_multiply(cube, square, h);
-    field_multiply(v, square, u);
-    field_multiply(t, cube, s);
+    field_square(t, h);
     field_square(square, r);
+    field_multiply(cube, t, h);
+    field_multiply(v, t, u);
     field_subtract(square, square, cube);
+    field_multiply(t, cube, s);
     field_subtract(square, square, v);
     field_subtract(out->x, square, v);      /* r^2 - h^3 - 2 u h^2 */
     field_subtract(v, v, out->x);

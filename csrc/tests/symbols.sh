@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 # A declaration may run over several lines: join them, keep the name in front of the first parenthesis.
 tr '\n' ' ' < include/csvfast.h | sed -e 's|/\*[^*]*\*\{1,\}\([^/*][^*]*\*\{1,\}\)*/| |g' -e 's/CSVF_API/\n&/g' |
     sed -n 's/^CSVF_API *\(CSVF_MUST_CHECK *\)\{0,1\}[^(;]*[ *]\(csvf_[a-z0-9_]*\) *(.*/\2/p' | sort -u > "$work/declared"
-nm -D --defined-only "$build/libcsvfast.so" | awk '{print $3}' | grep -v '^__asan\|^__odr_asan\|^__sanitizer\|^__ubsan\|^__tsan' |
+nm -D --defined-only "$build/libcsvfast.so" | awk '{print $3}' | grep -v '^__asan\|^__odr_asan\|^__sanitizer\|^__ubsan\|^__tsan\|^__st[a-z]*___sancov' |
     sort -u > "$work/exported"
 status=0
 diff "$work/declared" "$work/exported" > "$work/difference" || status=1

@@ -6,7 +6,7 @@ Whether the report is genuine was for `verify` to find out: only its result is t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from csvfast.attest.verify import Verified
 from csvfast.crypto import sm3
@@ -86,6 +86,10 @@ def appraise(
 
 
 _Comparison = tuple[str, bool, str, str]
+_MASKED: Final = (
+    *("vm_ids", "vm_versions", "policy_required", "policy_forbidden", "policy_exact"),
+    *("minimum_policy_api", "minimum_policy_hsk_version", "minimum_policy_cek_version"),
+)
 
 
 def _comparisons(
@@ -108,6 +112,11 @@ def _comparisons(
             yield "CEK fingerprint", False, "no CEK certificate", expected
         else:
             yield from _one_of("CEK fingerprint", sm3(verified.chain.cek.encoded).digest(), policy.cek_fingerprints)
+    masked = _masked_members(policy)
+    if report.version == 1 and masked and not _mask_is_bound(verified, policy, report_data, mnonce):
+        observed = f"chosen by whoever handed the report on, and with it {', '.join(masked)}"
+        expected = "measurements, report_data or mnonce to compare: a report V1 does not sign its mask"
+        yield "mask", False, observed, expected
     yield from _one_of("vm_id", report.vm_id, policy.vm_ids)
     yield from _one_of("vm_version", report.vm_version, policy.vm_versions)
     yield from _one_of("user_pubkey_digest", report.user_pubkey_digest, policy.user_pubkey_digests)
@@ -134,6 +143,20 @@ def _comparisons(
     if policy.require_mac:
         held = "MAC" in verified.checks and "mnonce" in verified.checks
         yield "MAC", held, "verified" if held else "not verified with an expected mnonce", "a MAC keyed with the request's mnonce"
+
+
+def _masked_members(policy: AppraisalPolicy) -> list[str]:
+    """Members of the policy that look at masked fields and that one choice of the mask can satisfy."""
+    return [name for name in _MASKED if getattr(policy, name) not in (None, ())]
+
+
+def _mask_is_bound(verified: Verified, policy: AppraisalPolicy, report_data: bytes | None, mnonce: bytes | None) -> bool:
+    # Under another mask each of these would have to be off by the same 4 bytes repeated: two digests never are, and of report
+    # data and mnonce there is one expected value. vm ids and versions are short lists somebody made up.
+    if policy.measurements or policy.user_pubkey_digests:
+        return True
+    values = (policy.report_data, policy.mnonce, report_data, mnonce)
+    return any(value is not None for value in values) or not {"report data", "mnonce"}.isdisjoint(verified.checks)
 
 
 def _versions(verified: Verified, policy: AppraisalPolicy) -> Iterator[_Comparison]:

@@ -1,7 +1,8 @@
 """Appraisal policies: what a relying party allows, as a TOML or JSON file or a dictionary.
 
     measurements = ["88698862d12f..."]       allowed launch digests, hexadecimal; or
-    any_measurement = true                   every guest, said out loud
+    any_measurement = true                   every guest, said out loud (V1: then report_data or an mnonce must bind the mask,
+                                             which no signature covers, before vm ids or policy bits can be compared)
     report_versions = [1, 2]
     chip_ids = ["KPA64911240507"]            what the evidence says: no signature covers the chip id (see `verify` about the MAC)
     cek_fingerprints = ["..."]               SM3 of a chip's CEK certificate, 2084 bytes: which chip it was, cryptographically
@@ -106,6 +107,10 @@ class AppraisalPolicy:
             _refuse("syntax", str(error), "TOML or a JSON object")
         except RecursionError:
             _refuse("nesting", "too deep", "three levels")
+        except FormatError:
+            raise
+        except ValueError:  # Python's limit on the digits of a number
+            _refuse("number", "thousands of digits", "an integer of at most 32 bits")
         return cls.from_dict(document)
 
     @classmethod
@@ -149,8 +154,15 @@ def _refuse(name: str, found: str, expected: str) -> NoReturn:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, thousands of levels
+        return type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _shown_name(name: str) -> str:
+    return (name if name.isascii() and name.isprintable() else ascii(name)[1:-1])[:64]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -158,7 +170,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         names = [name for name, _value in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        _refuse(twice[:64], "the member twice", "each member once")
+        _refuse(_shown_name(twice), "the member twice", "each member once")
     return members
 
 
@@ -167,7 +179,7 @@ _Reader = Callable[[Any, str], Any]
 
 def _take(values: dict[str, Any], known: Mapping[str, tuple[str, _Reader]], name: str, value: Any, path: str) -> None:
     if name not in known:
-        _refuse(path[:80], "an unknown member", f"one of {', '.join(known)}")
+        _refuse(f"{path.removesuffix(name)}{_shown_name(name)}", "an unknown member", f"one of {', '.join(known)}")
     target, read = known[name]
     values[target] = read(value, path)
 

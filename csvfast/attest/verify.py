@@ -16,11 +16,13 @@ Steps, in order, and the names a VerificationError carries:
 The MAC covers the PEK, the chip id and the sealing key's field. Clients zero that field before the report leaves the guest, and
 then the MAC cannot be recomputed: this is listed under `unchecked`, not refused. A report exactly as the firmware emitted it (raw
 or page, still masked) has had nothing removed, so there the MAC must be right even over a zero field. Its key is the report's own
-mnonce, which anybody can read: without the caller's mnonce it detects damage, not forgery. The chip id is under the MAC alone:
-which chip it was is told by its CEK, which the chain binds.
+mnonce, which anybody can read: without the caller's mnonce it detects damage, not forgery. The chip id is under the MAC alone, and
+whoever asked for the report can make that MAC: which chip it was is told by its CEK, which the chain binds. Only when HSK and CEK were
+found in `store` under that chip id does it name the chip; otherwise "chip id" is listed under `unchecked`.
 
-The mask of a V1 report is not signed (csvfast.report.layout): a verified report's `measure` means something once it has been
-compared with an expected one.
+The mask of a V1 report is not signed (csvfast.report.layout), so whoever hands the report on chooses it: unless report data or
+mnonce were expected, "mask" is listed under `unchecked`, and the fields mean nothing until `measure` has been compared with an
+expected value.
 
 Source of the order: confidential-containers/trustee deps/verifier/src/csv/mod.rs; the checks behind the signature that trustee
 does not make are this project's. Thread-safety: functions without state; ChainCache has a lock.
@@ -34,10 +36,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from csvfast.attest.cache import ChainCache, KnownChain
 from csvfast.certs.chain import USER_IDS, CertificateChain, SignatureCheck, chain_checks, verify_root
-from csvfast.certs.layout import CURVE_SM2, KeyUsage, usage_name
+from csvfast.certs.layout import CURVE_SM2, CaCertificate, KeyUsage, usage_name
 from csvfast.certs.roots import fingerprint, hygon_root
 from csvfast.crypto import sm2_verify_many
-from csvfast.errors import CsvfastError, FormatError, VerificationError
+from csvfast.errors import BufferTypeError, CsvfastError, FormatError, VerificationError
 from csvfast.report._input import as_bytes, exactly
 from csvfast.report.event_log import EventLog
 from csvfast.report.evidence import Evidence, read_evidence
@@ -47,7 +49,7 @@ from csvfast.report.request import MNONCE_BYTES, REPORT_DATA_BYTES, REPORT_PAGE
 if TYPE_CHECKING:
     from csvfast._core import BytesLike, SM2PublicKey
     from csvfast.certs import CertificateStore
-    from csvfast.certs.layout import CaCertificate, CsvCertificate
+    from csvfast.certs.layout import CsvCertificate
 
 __all__ = ["Unchecked", "Verified", "verify", "verify_many"]
 
@@ -68,6 +70,13 @@ _MAC_ZEROED: Final = Unchecked(
     "MAC", "the field of the sealing key, which it covers, has been zeroed; the chip id is only what the evidence says"
 )
 _MAC_WITHOUT_NONCE: Final = Unchecked("mnonce", "none was given: the MAC shows that nothing is damaged, not that it is fresh")
+_MASK: Final = Unchecked(
+    "mask", "a report V1 does not sign it: its fields are the guest's only once report data, mnonce or measure are as expected"
+)
+_CHIP_ID: Final = Unchecked(
+    "chip id", "no signature covers it, and the certificates were not looked up by it: the CEK says which chip it was"
+)
+_TOLERANT: Final = Unchecked("strict rules", "not asked for: the signatures decided alone")
 _PARTIAL: Final = tuple(
     Unchecked(name, "no HSK and CEK certificates: nothing shows that a chip made this PEK") for name in ("HSK", "CEK", "PEK")
 )
@@ -142,6 +151,7 @@ class _Pending(NamedTuple):
     is_new: bool  # `known` becomes known only when its signatures hold
     cache_key: tuple[object, ...]
     checks: list[SignatureCheck]
+    chip_id_is_bound: bool
 
 
 def verify(
@@ -221,6 +231,9 @@ def _expected(
     trusted = (hygon_root(),) if roots is None else tuple(roots)
     if not trusted:
         raise VerificationError("HRK", "no trusted root was given, so nothing can be genuine")
+    for root in trusted:
+        if not isinstance(root, CaCertificate):
+            raise BufferTypeError(f"roots: {type(root).__name__}; expected CaCertificate objects")
     data = None
     if report_data is not None:
         data = as_bytes(report_data, "report_data")[:REPORT_DATA_BYTES].ljust(REPORT_DATA_BYTES, b"\0")
@@ -261,7 +274,7 @@ def _prepare(
     if known_here is not None and len(checks) > 1:
         # Only now: had the report's check raised, the chain's would be lost and nobody may rely on them.
         known_here[key] = known
-    return _Pending(evidence, known, is_new, key, checks)
+    return _Pending(evidence, known, is_new, key, checks, evidence.hsk_cek is None)
 
 
 def _from_store(evidence: Evidence, store: CertificateStore | None) -> bytes | None:
@@ -294,7 +307,7 @@ def _prepare_partial(evidence: Evidence, expected: _Expected) -> _Pending:
         raise VerificationError("PEK", f"usage {usage_name(pek.usage)}, curve {pek.curve_id}; expected PEK, {CURVE_SM2} (SM2)")
     if expected.strict and pek.user_id != USER_IDS[KeyUsage.PEK]:
         raise VerificationError("PEK", f"user id {pek.user_id!r}; expected {USER_IDS[KeyUsage.PEK]!r}")
-    return _Pending(evidence, None, False, (), [_report_check(evidence.report, pek)])
+    return _Pending(evidence, None, False, (), [_report_check(evidence.report, pek)], False)
 
 
 def _read_chain(evidence: Evidence) -> CertificateChain:
@@ -404,11 +417,13 @@ def _finish(pending: _Pending, expected: _Expected) -> Verified:
         checks = ["HRK", "HSK", "CEK", "PEK", "report signature"]
     _check_fields(report, expected.strict)
     checks.append("report fields")
+    if not expected.strict:
+        unchecked.append(_TOLERANT)
     if evidence.pek_beside is not None and evidence.pek_beside != report.pek_bytes:
         raise VerificationError("evidence", "the PEK certificate beside the report is not the one inside it")
-    if evidence.serial_beside is not None:
-        if evidence.serial_beside != report.serial_number:
-            raise VerificationError("evidence", "the serial number beside the report is not the one inside it")
+    if evidence.serial_beside is not None and evidence.serial_beside != report.serial_number:
+        raise VerificationError("evidence", "the serial number beside the report is not the one inside it")
+    if evidence.pek_beside is not None or evidence.serial_beside is not None:
         checks.append("evidence")
     if expected.report_data is not None:
         _check_value("report data", report.report_data, expected.report_data)
@@ -416,7 +431,11 @@ def _finish(pending: _Pending, expected: _Expected) -> Verified:
     if expected.mnonce is not None:
         _check_value("mnonce", report.mnonce, expected.mnonce)
         checks.append("mnonce")
+    if report.version == 1 and expected.report_data is None and expected.mnonce is None:
+        unchecked.append(_MASK)
     _check_mac(evidence, expected.mnonce, checks, unchecked)
+    if not pending.chip_id_is_bound:
+        unchecked.append(_CHIP_ID)
     _check_event_log(evidence, checks, unchecked)
     chain, root = (None, None) if known is None else (known.chain, known.root)
     return Verified(evidence, chain, root, tuple(checks), tuple(unchecked))

@@ -12,6 +12,8 @@ The factory that makes certificates wrong on purpose, for tests of verifiers, is
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from csvfast.certs.bundle import CertificateBundle, parse_bundle
 from csvfast.certs.chain import (
     USER_IDS,
@@ -24,7 +26,6 @@ from csvfast.certs.chain import (
 )
 from csvfast.certs.chip import ChipIdentity
 from csvfast.certs.chip_id import checked_chip_id
-from csvfast.certs.key_server import KeyServerClient, KeyServerError
 from csvfast.certs.layout import (
     CA_BYTES,
     CSV_BYTES,
@@ -38,6 +39,9 @@ from csvfast.certs.layout import (
 from csvfast.certs.manufacturing import ManufacturingLine
 from csvfast.certs.roots import HYGON_ROOT_FINGERPRINT, fingerprint, hygon_root
 from csvfast.certs.store import CertificateStore
+
+if TYPE_CHECKING:
+    from csvfast.certs.key_server import KeyServerClient, KeyServerError
 
 __all__ = [
     "CA_BYTES",
@@ -67,3 +71,12 @@ __all__ = [
     "verify_chain",
     "verify_root",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The key server's client, imported when first asked for: HTTP and TLS take longer to load than a chain to verify."""
+    if name not in ("KeyServerClient", "KeyServerError"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from csvfast.certs import key_server
+
+    return getattr(key_server, name)

@@ -39,7 +39,7 @@ from csvfast.certs.layout import (
     usage_name,
 )
 from csvfast.certs.roots import fingerprint, hygon_root
-from csvfast.errors import BufferTypeError, FormatError, SignatureError, VerificationError
+from csvfast.errors import ArgumentError, BufferTypeError, FormatError, SignatureError, VerificationError
 
 if TYPE_CHECKING:
     from csvfast.crypto import SM2PublicKey
@@ -168,7 +168,7 @@ def verify_certificate(
     """Verifies that `issuer` certified `subject` (the same object twice: a self-signature). The issuer itself is not judged.
 
     In: step   the subject's role ("CEK"); None = what its usage says
-    Raises VerificationError.
+    Raises VerificationError; ArgumentError for a step that is no role.
     """
     certificate_check(subject, issuer, strict=strict, step=step).run()
 
@@ -180,6 +180,8 @@ def certificate_check(
     role = step or _ROLES.get(subject.usage)
     if role is None:
         raise VerificationError("usage", f"{usage_name(subject.usage)} is no key of the platform")
+    if role not in _USAGES:
+        raise ArgumentError(f"step {role!r}: expected one of {', '.join(_USAGES)}")
     _check_usage(subject, role)
     _check_signer(subject, issuer, role)
     if strict:
@@ -221,8 +223,8 @@ def _root_of(chain: CertificateChain, roots: Sequence[CaCertificate], strict: bo
             )
         return _verified_root(wanted, strict)
     found = [root for root in roots if root.key_id == chain.hsk.certifying_id]
-    if not found and not strict:
-        found = list(roots[:1])
+    if not strict:
+        found = list(roots)  # csv-rs does not look at key ids
     if not found:
         raise VerificationError(
             "HSK",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = ["SingleFlight"]
 
@@ -24,6 +26,8 @@ class SingleFlight(Generic[_Answer]):
 
     def run(self, name: str, work: Callable[[], _Answer]) -> _Answer:
         """work()'s result, whoever runs it. Raises what it raises."""
+        from concurrent.futures import Future  # brings logging along, which nobody needs who only verifies
+
         with self._lock:
             future = self._running.get(name)
             is_mine = future is None

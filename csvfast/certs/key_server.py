@@ -17,6 +17,7 @@ import math
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
@@ -60,16 +61,17 @@ class KeyServerClient:
         context: ssl.SSLContext | None = None,
         allow_http: bool = False,
     ) -> None:
+        shown = f"key server URL {base_url!r}" if "@" not in base_url else "key server URL with a user name"  # or a password
         try:
             parts = urlsplit(base_url)
             port = parts.port
         except ValueError as error:
-            raise ArgumentError(f"key server URL {base_url!r}: {error}") from None
+            raise ArgumentError(f"{shown}: {error}") from None
         host = parts.hostname
         if not host or parts.query or parts.fragment or parts.username is not None or not _is_plain(base_url):
-            raise ArgumentError(f"key server URL {base_url!r}: expected https://HOST[:PORT][/PATH]")
+            raise ArgumentError(f"{shown}: expected https://HOST[:PORT][/PATH]")
         if parts.scheme != "https" and not (parts.scheme == "http" and allow_http and host in _LOCAL):
-            raise ArgumentError(f"key server URL {base_url!r}: expected https (http only for this machine, and when allowed)")
+            raise ArgumentError(f"{shown}: expected https (http only for this machine, and when allowed)")
         if not (math.isfinite(timeout) and timeout > 0):
             raise ArgumentError(f"timeout: {timeout}; expected seconds, more than 0")
         self.base_url = base_url.rstrip("/")
@@ -131,7 +133,8 @@ class KeyServerClient:
                     moved = " (redirects are not followed)" if 300 <= answer.status < 400 else ""
                     raise KeyServerError(f"{url}: the key server answered {answer.status}{moved}; expected 200")
                 data = answer.read(length + 1)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # ValueError: a name that cannot be one in the DNS, a negative length in the answer.
             if isinstance(error, KeyServerError):
                 raise
             raise KeyServerError(f"{url}: {self._reason(error, connection)}") from None
@@ -151,7 +154,8 @@ class KeyServerClient:
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"the server's TLS certificate is not trusted: {error.verify_message}"
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return " ".join(str(text).split())[:200]
+        # Some of it is what the other side sent: no control character reaches a terminal.
+        return " ".join(str(text).split())[:200].encode("unicode_escape").decode()
 
 
 class _Connection(http.client.HTTPConnection):
@@ -160,11 +164,12 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int | None, context: ssl.SSLContext | None, timeout: float) -> None:
         super().__init__(host, port or (80 if context is None else 443), timeout=timeout)
         self._tls = context
+        self._deadline = time.monotonic() + timeout
         self._breaking = threading.Lock()
         self.is_aborted = False
 
     def connect(self) -> None:
-        plain = socket.create_connection((self.host, self.port), self.timeout)
+        plain = self._reached()
         try:
             self._keep(plain)
             if self._tls is not None:
@@ -175,6 +180,19 @@ class _Connection(http.client.HTTPConnection):
             self.close()
             plain.close()
             raise
+
+    def _reached(self) -> socket.socket:
+        """The first of the host's addresses that answers; all of them together have the time of the exchange."""
+        problem = OSError("the host has no address")
+        for *_, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            try:
+                return socket.create_connection(address[:2], remaining)
+            except OSError as error:
+                problem = error
+        raise problem
 
     def _keep(self, connected: socket.socket) -> None:
         with self._breaking:

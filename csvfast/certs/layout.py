@@ -422,11 +422,10 @@ _EMPTY_SLOT: Final = KeyUsage.INVALID.to_bytes(4, "little") + bytes(516)
 
 
 def _copied(data: Buffer, structure: str, length: int) -> bytes:
-    if not isinstance(data, bytes):
-        if isinstance(data, (int, str)):
-            raise BufferTypeError(f"{structure}: {type(data).__name__}; expected a bytes-like object")
+    if type(data) is not bytes:
+        # bytes() alone would also take an iterable, and a number as a length.
         try:
-            data = bytes(data)
+            data = bytes(memoryview(data))
         except (TypeError, BufferError):
             raise BufferTypeError(f"{structure}: {type(data).__name__}; expected a bytes-like object") from None
     if len(data) != length:

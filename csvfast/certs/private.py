@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -44,8 +43,11 @@ def write_private_directory(directory: Path, files: Mapping[str, Buffer]) -> Non
             raise error from None
         _sync_directory(directory.parent)
     except BaseException:
+        for name in files:
+            with suppress(OSError):
+                (temporary / name).unlink()
         with suppress(OSError):
-            shutil.rmtree(temporary)
+            temporary.rmdir()
         raise
 
 

@@ -28,7 +28,7 @@ from csvfast.certs.chip_id import checked_chip_id
 from csvfast.certs.flight import SingleFlight
 from csvfast.certs.layout import CA_BYTES, CSV_BYTES, CaCertificate, CsvCertificate
 from csvfast.certs.private import write_private_file
-from csvfast.errors import FormatError, VerificationError
+from csvfast.errors import FormatError, StateError, VerificationError
 
 if TYPE_CHECKING:
     from csvfast.certs.key_server import KeyServerClient
@@ -49,13 +49,14 @@ def default_directories() -> tuple[Path, ...]:
     dcu = os.environ.get("HSK_CEK_CERT_PATH")
     chain = os.environ.get("CSV_CHAIN")
     places = [*_TOOL_DIRECTORIES, *([dcu] if dcu else []), _DCU_DIRECTORY, *([chain] if chain else []), *_CHAIN_FILES]
-    return tuple(_expanded(place) for place in places)
+    return tuple(path for place in places if (path := _expanded(place)) is not None)
 
 
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/csvfast/certs, or ~/.cache/csvfast/certs."""
+def default_cache() -> Path | None:
+    """$XDG_CACHE_HOME/csvfast/certs, or ~/.cache/csvfast/certs; None for a user whose home nobody knows."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else _expanded("~/.cache")) / "csvfast" / "certs"
+    directory = Path(base) if base.startswith("/") else _expanded("~/.cache")
+    return None if directory is None else directory / "csvfast" / "certs"
 
 
 class CertificateStore:
@@ -116,7 +117,7 @@ class CertificateStore:
         """Puts a chip's certificates into the cache, in place of older ones, and says where.
 
         That the HSK signed the CEK is checked here, the root when they are used.
-        Raises FormatError for the chip id, VerificationError, OSError; VerificationError also when the store has no cache.
+        Raises FormatError for the chip id, VerificationError, OSError; StateError when the store has no cache.
         """
         checked_chip_id(chip_id)
         verify_certificate(cek, hsk, step="CEK")
@@ -131,7 +132,7 @@ class CertificateStore:
              chip_id  whose they are, for a file; None = what the file's or its directory's name says
              roots    None = Hygon's
         Out: chip ids, in the order of their names. Files of a directory that are not named after a chip are left out.
-        Raises FormatError, VerificationError (nothing has been imported then), OSError.
+        Raises FormatError, VerificationError (nothing has been imported then), StateError (no cache), OSError.
         """
         path = Path(path)
         files = _chip_files(path) if path.is_dir() else [(chip_id or _chip_of(path), path)]
@@ -157,7 +158,7 @@ class CertificateStore:
 
     def _write(self, chip_id: str, pair: Pair) -> Path:
         if self.cache is None:
-            raise VerificationError("cache", "this store has no cache to keep certificates in")
+            raise StateError("this store has no cache to keep certificates in")
         path = self.cache / chip_id / FILE_NAME
         write_private_file(path, pair[0].encoded + pair[1].encoded)
         return path
@@ -193,6 +194,10 @@ def _read(path: Path) -> bytes | None:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            return None
+        raise
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             return None
@@ -242,8 +247,10 @@ def _chip_of(path: Path) -> str:
     return path.name.removesuffix(_SUFFIX).removesuffix(".cert")
 
 
-def _expanded(place: str) -> Path:
+def _expanded(place: str) -> Path | None:
+    """None below a home that is not known, or that would be another one in each working directory."""
     try:
-        return Path(place).expanduser()
-    except RuntimeError:  # nobody's home is known: then "~" is a name nothing is found under
-        return Path(place)
+        path = Path(place).expanduser()
+    except RuntimeError:
+        return None
+    return path if path.is_absolute() or not place.startswith("~") else None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from csvfast.cli.common import CommandError, ExitCode, parse_size, print_json, progress
+from csvfast.cli.machines import machine_of, remote
 
 if TYPE_CHECKING:
     from csvfast.certs.chip import ChipIdentity
@@ -181,7 +181,7 @@ def launch(
         vcpus=vcpus,
         force_hash_table=force_hash_table,
     )
-    with _machine(state, socket, plan, profile) as (host, chip):
+    with machine_of(state, socket, plan, profile) as (host, chip):
         launched = _launch(host, plan, json)
         try:
             record: dict[str, Any] = {
@@ -222,7 +222,7 @@ def status(
     json: _Json = False,
 ) -> None:
     """Policy, ASID and state of guests on a server."""
-    with _remote(socket) as host:
+    with remote(socket) as host:
         handles = host.machine.guests() if handle is None else [handle]
         rows = []
         for number in handles:
@@ -250,7 +250,7 @@ def report_command(
 ) -> None:
     """Have a running guest ask for its attestation report."""
     data = _bytes("--report-data", report_data or "", 64)
-    with _remote(socket) as host:
+    with remote(socket) as host:
         found = host.report(handle, data, extended=extended)
     _write_report(out, found, report_format, None)
     if str(out) != "-":
@@ -306,7 +306,7 @@ def secret(
         return
     if socket is None or handle is None or address is None:
         raise CommandError("--socket: expected --handle and --address as well")
-    with _remote(socket) as host:
+    with remote(socket) as host:
         host.inject(handle, Secret(header, transport), _number("--address", address))
         host.finish(handle)
         state = host.status(handle)[2].name
@@ -316,62 +316,9 @@ def secret(
 @app.command()
 def stop(handle: _Handle, socket: _Socket, json: _Json = False) -> None:
     """Deactivate and decommission a guest on a server: its keys are erased."""
-    with _remote(socket) as host:
+    with remote(socket) as host:
         host.stop(handle)
     _show({"handle": handle, "state": "gone"}, json)
-
-
-# ---- Machines -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _machine(
-    state: Path | None, socket: Path | None, plan: GuestPlan, profile: str
-) -> Iterator[tuple[Host, ChipIdentity | None]]:
-    if (state is None) == (socket is None):
-        raise CommandError("expected either --state with a chip's directory, or --socket of a server")
-    if socket is not None:
-        with _remote(socket) as host:
-            yield host, None
-        return
-    from csvfast.memory import EncryptedMemory
-    from csvfast.processor import PROFILES, Options, Processor
-    from csvfast.processor.machine import LocalMachine
-    from csvfast.processor.vmm import Host
-
-    if state is None or profile not in PROFILES:
-        raise CommandError(f"--profile: {profile!r}; expected one of {', '.join(PROFILES)}")
-    # Beside the guest: the firmware's own MiB on its boundary, save areas, buffers.
-    size = plan.memory_size + Path(plan.firmware).stat().st_size + (plan.vcpus << 12) + (4 << 20)
-    options = Options(vmsa_measured=plan.vmsa == "amd")
-    with (
-        _refusals(),
-        EncryptedMemory(-(-size // 4096) * 4096) as memory,
-        Processor.open(state, memory, profile=PROFILES[profile], options=options) as processor,
-        Host(LocalMachine(processor)) as host,
-    ):
-        host.initialise(es=True)
-        yield host, processor.chip
-
-
-@contextmanager
-def _remote(socket: Path) -> Iterator[Host]:
-    from csvfast.processor.client import RemoteMachine
-    from csvfast.processor.vmm import Host
-
-    with _refusals(), RemoteMachine(socket) as machine, Host(machine) as host:
-        yield host
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """What the firmware refuses, and a report that does not hold, is a failed check (1), not a broken environment."""
-    from csvfast.errors import FirmwareError, VerificationError
-
-    try:
-        yield
-    except (FirmwareError, VerificationError) as refusal:
-        raise CommandError(str(refusal), ExitCode.CHECK_FAILED) from refusal
 
 
 def _launch(host: Host, plan: GuestPlan, json: bool) -> LaunchedGuest:
@@ -475,9 +422,16 @@ def _read(path: Path) -> bytes:
 def _read_secret(path: Path) -> bytearray:
     """A file's bytes in a buffer that can be wiped; 16 KiB is more than any secret may have."""
     data = bytearray(16385)
-    with sys.stdin.buffer if str(path) == "-" else path.open("rb", buffering=0) as file:
-        count = file.readinto(data) or 0
-    del data[count:]
+    done = 0
+    source = sys.stdin.fileno() if str(path) == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with memoryview(data) as view:
+            while done < len(data) and (count := os.readv(source, [view[done:]])):
+                done += count
+    finally:
+        if str(path) != "-":
+            os.close(source)
+    del data[done:]
     return data
 
 

@@ -36,7 +36,7 @@ Roots = Annotated[
     list[str] | None, typer.Option("--root", metavar="FILE", help="Trusted root certificate, repeatable. Default: Hygon's.")
 ]
 ReportData = Annotated[
-    str | None, typer.Option("--report-data", metavar="HEX|@FILE", help="Expected report data, zero-padded to 64 bytes.")
+    str | None, typer.Option("--report-data", metavar="HEX|@FILE", help="Expected report data, at most 64 bytes, zero-padded.")
 ]
 Nonce = Annotated[str | None, typer.Option("--mnonce", metavar="HEX", help="Expected mnonce, 16 bytes.")]
 Partial = Annotated[
@@ -129,8 +129,10 @@ def request(
     from csvfast._files import write_atomically
     from csvfast.report import ReportRequest
 
-    made = ReportRequest.make(_bytes_option("--data", data), None if mnonce is None else _nonce(mnonce), extended=extended)
+    made = ReportRequest.make(_report_data("--data", data), None if mnonce is None else _nonce(mnonce), extended=extended)
     if output == "-":
+        if json:
+            raise CommandError("--json: standard output is taken by the page; expected a file after --output")
         sys.stdout.flush()
         sys.stdout.buffer.write(made.encode())
         sys.stdout.buffer.flush()
@@ -180,6 +182,14 @@ def _bytes_option(name: str, text: str) -> bytes:
         raise CommandError(f"{name} {text!r}: expected hexadecimal digits, or @ and a file") from None
 
 
+def _report_data(name: str, text: str) -> bytes:
+    # verify() cuts after 64 bytes as trustee does; who types more expects more to be compared.
+    data = _bytes_option(name, text)
+    if len(data) > 64:
+        raise CommandError(f"{name}: {len(data)} bytes; expected at most 64")
+    return data
+
+
 def _nonce(text: str) -> bytes:
     nonce = _bytes_option("--mnonce", text)
     if len(nonce) != 16:
@@ -211,7 +221,7 @@ def _verified(
     from csvfast.report.evidence import HSK_CEK_BYTES
 
     evidence = _evidence(file)
-    expected = None if report_data is None else _bytes_option("--report-data", report_data)
+    expected = None if report_data is None else _report_data("--report-data", report_data)
     nonce = None if mnonce is None else _nonce(mnonce)
     roots = _roots(root)
     try:

@@ -35,7 +35,7 @@ _CIPHERS: Final = {
     "1.2.156.10197.1.104.2": ("SM4", 16),
 }
 ITERATIONS: Final = 600_000
-MOST_ITERATIONS: Final = 10_000_000  # a few seconds; beyond that a file is an attack or a mistake
+MOST_ITERATIONS: Final = 2_000_000  # a second, three with the slowest hash; beyond that a file is an attack or a mistake
 _BLOCK: Final = 16
 
 

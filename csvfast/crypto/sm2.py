@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from csvfast._core import SM2PrivateKey, SM2PublicKey
 from csvfast.crypto import der, pbes2
 from csvfast.crypto.pem import is_pem, read_pem, write_pem
-from csvfast.errors import ArgumentError, AuthenticationError, FormatError, LengthError, PointError
+from csvfast.errors import ArgumentError, AuthenticationError, BufferTypeError, FormatError, LengthError, PointError
 
 if TYPE_CHECKING:
     from csvfast._core import BytesLike
@@ -49,6 +49,19 @@ _BYTES: Final = 32
 _LARGEST_KEY: Final = 1 << 16  # bytes of a DER file; a key takes about 140
 
 
+def _copied(data: BytesLike, name: str) -> bytes:
+    """A buffer's bytes. bytes() alone would also take a number, as so many zeros."""
+    try:
+        return bytes(memoryview(data))
+    except TypeError:
+        raise BufferTypeError(f"{name} must be a bytes-like object, not {type(data).__name__}") from None
+
+
+def _check_password(password: bytes | None) -> None:
+    if not (password is None or isinstance(password, (bytes, bytearray, memoryview))):
+        raise BufferTypeError(f"password must be bytes, not {type(password).__name__}")
+
+
 # ---- Private keys ----------------------------------------------------------------------------------------------------
 
 
@@ -59,9 +72,11 @@ def load_private_key(data: BytesLike, password: bytes | None = None) -> SM2Priva
         data: the whole file. Wiping it is the caller's affair; what is decrypted from it is wiped here.
         password: of an encrypted file, else None.
     Raises: FormatError; ArgumentError (password missing, or given for a file that is not encrypted); AuthenticationError (wrong
-        password); KeyRangeError (the number is no private key); MissingExtraError (a cipher that cryptography lacks).
+        password); KeyRangeError (the number is no private key); MissingExtraError (a cipher that cryptography lacks);
+        BufferTypeError.
     """
-    raw = bytes(data)
+    _check_password(password)
+    raw = _copied(data, "data")
     if is_pem(raw):
         labels = ("PRIVATE KEY", "ENCRYPTED PRIVATE KEY", "EC PRIVATE KEY", "SM2 PRIVATE KEY")
         _, raw = read_pem(raw, _PRIVATE, labels, skipped=("EC PARAMETERS", "SM2 PARAMETERS"))
@@ -224,6 +239,7 @@ def dump_private_key(
         raise ArgumentError(
             f"encoding must be 'pem' or 'der' and format 'pkcs8' or 'sec1'; got {encoding!r} and {format!r}"
         )
+    _check_password(password)
     if password is not None and (format != "pkcs8" or not password):
         raise ArgumentError("a password needs format 'pkcs8' and at least 1 byte")
     plain = _fill(_PKCS8 if format == "pkcs8" else _SEC1, key)
@@ -242,7 +258,7 @@ def dump_private_key(
 
 def load_public_key(data: BytesLike) -> SM2PublicKey:
     """Reads a public key from a SubjectPublicKeyInfo in PEM or DER. Raises: FormatError."""
-    raw = bytes(data)
+    raw = _copied(data, "data")
     if is_pem(raw):
         _, raw = read_pem(raw, _PUBLIC, ("PUBLIC KEY",))
     outer = _outer(raw, _PUBLIC)
@@ -267,7 +283,7 @@ def dump_public_key(key: SM2PublicKey, *, encoding: Literal["pem", "der"] = "pem
 
 def signature_to_der(signature: BytesLike) -> bytes:
     """r || s (64 bytes) as DER. Raises: LengthError."""
-    raw = bytes(signature)
+    raw = _copied(signature, "signature")
     if len(raw) != 2 * _BYTES:
         raise LengthError(f"signature has {len(raw)} bytes; expected {2 * _BYTES}")
     return der.sequence(der.integer(raw[:_BYTES]), der.integer(raw[_BYTES:]))
@@ -275,7 +291,7 @@ def signature_to_der(signature: BytesLike) -> bytes:
 
 def signature_from_der(data: BytesLike) -> bytes:
     """r || s (64 bytes) from DER. Whether the numbers are in range is for verification to say. Raises: FormatError."""
-    outer = der.Reader(bytes(data), _SIGNATURE)
+    outer = der.Reader(_copied(data, "data"), _SIGNATURE)
     reader = outer.sequence("signature")
     outer.finish("signature")
     r, s = reader.unsigned("r", _BYTES), reader.unsigned("s", _BYTES)
@@ -285,7 +301,7 @@ def signature_from_der(data: BytesLike) -> bytes:
 
 def ciphertext_to_der(ciphertext: BytesLike) -> bytes:
     """04 || x || y || C3 || C2 as DER. Raises: LengthError, FormatError (it does not begin with 04)."""
-    raw = bytes(ciphertext)
+    raw = _copied(ciphertext, "ciphertext")
     if len(raw) < 98:
         raise LengthError(f"ciphertext has {len(raw)} bytes; expected at least 98")
     if raw[0] != 4:
@@ -297,7 +313,7 @@ def ciphertext_to_der(ciphertext: BytesLike) -> bytes:
 
 def ciphertext_from_der(data: BytesLike) -> bytes:
     """04 || x || y || C3 || C2 from DER. Whether x, y is a point is for decryption to say. Raises: FormatError."""
-    outer = der.Reader(bytes(data), _CIPHERTEXT)
+    outer = der.Reader(_copied(data, "data"), _CIPHERTEXT)
     reader = outer.sequence("ciphertext")
     outer.finish("ciphertext")
     x, y = reader.unsigned("x", _BYTES), reader.unsigned("y", _BYTES)

@@ -115,7 +115,7 @@ class CommandLayout:
         command: its id. fields: in order, without gaps. size: bytes of the block, 0 for a command without one.
     """
 
-    __slots__ = ("_struct", "command", "fields", "size", "written")
+    __slots__ = ("_names", "_reserved", "_struct", "_written_names", "command", "fields", "size", "written")
 
     def __init__(self, command: Command, fields: tuple[Field, ...]) -> None:
         self.command = command
@@ -124,6 +124,13 @@ class CommandLayout:
         self._struct = struct.Struct("<" + "".join(codes))
         self.size = self._struct.size
         self.written = tuple(field for field in fields if field.direction in (Direction.OUT, Direction.IN_OUT))
+        self._names = tuple(field.name for field in fields)
+        self._reserved = tuple(field for field in fields if field.direction is Direction.RESERVED)
+        self._written_names = frozenset(field.name for field in self.written)
+
+    def is_written(self, name: str) -> bool:
+        """Whether the firmware writes the field of that name."""
+        return name in self._written_names
 
     def field(self, name: str) -> Field:
         """The field of that name. Raises KeyError."""
@@ -139,15 +146,14 @@ class CommandLayout:
         """
         if len(data) != self.size:
             raise LengthError(f"{self.command.name} block has {len(data)} bytes; expected {self.size}")
-        values = dict(zip((field.name for field in self.fields), self._struct.unpack(data), strict=True))
-        for field in self.fields:
-            if field.direction is Direction.RESERVED:
-                value = values.pop(field.name)
-                if value.strip(b"\0") if isinstance(value, bytes) else value:
-                    raise FirmwareError(
-                        FirmwareStatus.INVALID_PARAM,
-                        f"{self.command.name}: {field.name} at offset {field.offset} is not zero",
-                    )
+        values = dict(zip(self._names, self._struct.unpack(data), strict=True))
+        for field in self._reserved:
+            value = values.pop(field.name)
+            if value.strip(b"\0") if isinstance(value, bytes) else value:
+                raise FirmwareError(
+                    FirmwareStatus.INVALID_PARAM,
+                    f"{self.command.name}: {field.name} at offset {field.offset} is not zero",
+                )
         return ParameterBlock(self, values)
 
     def encode(self, **values: int | bytes) -> bytes:
@@ -195,19 +201,29 @@ class ParameterBlock:
 
     def __setitem__(self, name: str, value: int | bytes) -> None:
         """What the firmware answers in a field that is out or in/out. Raises KeyError for any other field."""
-        if self.layout.field(name).direction not in (Direction.OUT, Direction.IN_OUT):
+        if not self.layout.is_written(name):
             raise KeyError(f"{self.layout.command.name}: {name} is not written by the firmware")
         self._values[name] = value
         self.changed[name] = value
 
     def answers(self) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of every field set so far."""
-        found = []
+        """(offset, bytes) of what was set so far, neighbouring fields together."""
+        found: list[tuple[int, bytes]] = []
+        if not self.changed:
+            return found
+        start, data = 0, b""
         for field in self.layout.written:
             value = self.changed.get(field.name)
-            if value is not None:
-                data = value if isinstance(value, bytes) else value.to_bytes(field.size, "little")
-                found.append((field.offset, data))
+            if value is None:
+                continue
+            part = value if isinstance(value, bytes) else value.to_bytes(field.size, "little")
+            if data and field.offset == start + len(data):
+                data += part
+            else:
+                if data:
+                    found.append((start, data))
+                start, data = field.offset, part
+        found.append((start, data))
         return found
 
 

@@ -59,9 +59,10 @@ class Csv3Guest:
         those UPDATE_TABLE made.
         updates: LAUNCH_ENCRYPT_DATA so far. frozen: True once the context has been sent: what would change here now, the
         target would not have. host_data: of LAUNCH_FINISH_EX. sent: pages sent away and unchanged since.
+        sent_as: for the pages of a pair, the number under which they were sent last.
     """
 
-    __slots__ = ("cpu_pairs", "frozen", "host_data", "pairs", "pool", "sent", "table", "updates", "vcpus")
+    __slots__ = ("cpu_pairs", "frozen", "host_data", "pairs", "pool", "sent", "sent_as", "table", "updates", "vcpus")
 
     def __init__(self) -> None:
         self.table = NestedPageTable()
@@ -73,6 +74,7 @@ class Csv3Guest:
         self.frozen = False
         self.host_data = bytes(HOST_DATA_BYTES)
         self.sent: set[int] = set()
+        self.sent_as: dict[int, int] = {}
 
     def canonical(self, gfn: int) -> int:
         """The one number of a page: of a secure call pair, the lower."""

@@ -16,8 +16,9 @@ numbers are under the MAC, so that a page cannot be put elsewhere. The source ma
 private page has been sent and not been written since, so that the target never runs with an old page.
 
     context   0 magic "CSVFAST-CONTEXT1" | 16 five RTMRs of 32 | 176 u8 RTMR state, u8 zero, u16 RTMR version | 180 host data 64 |
-              244 u32 shared ranges, u32 secure call pairs, u32 vCPUs | 256 ranges {u64 first, u64 stop}, pairs {u64 first,
-              u32 flags: 1 second page present, 2 a CPU's pair}, vCPUs {u32 number, 4096 VMSA}, zeros
+              244 u32 shared ranges, u32 ranges sent and gone since, u32 secure call pairs, u32 vCPUs |
+              260 ranges {u64 first, u64 stop}, first the shared, then the gone; pairs {u64 first,
+              u32 flags: 1 second page present, 2 a CPU's pair, 4 last sent as second}, vCPUs {u32 number, 4096 VMSA}, zeros
 
 Which commands run, their parameters and their order: openeuler-mirror/kernel arch/x86/kvm/svm/csv.c. The context
 packet comes last; the shared pages are the host's to copy.
@@ -40,7 +41,7 @@ from csvfast.processor.csv3_faults import Csv3FaultCommands
 from csvfast.processor.derivation import wipe
 from csvfast.processor.guest import RTMR_COUNT, Guest
 from csvfast.processor.migration import MigrationCommands
-from csvfast.processor.npt import Mapping
+from csvfast.processor.npt import Mapping, RangeSet
 from csvfast.processor.secure_call import GPA_BITS
 from csvfast.processor.states import GuestState
 
@@ -61,7 +62,7 @@ _HEADER: Final = struct.Struct("<I16s32sQ")
 _LENGTHS: Final = struct.Struct("<II")
 _ENTRY: Final = struct.Struct("<Q")
 _MAGIC: Final = b"CSVFAST-CONTEXT1"
-_CONTEXT: Final = struct.Struct(f"<16s{32 * RTMR_COUNT}sBBH{HOST_DATA_BYTES}sIII")
+_CONTEXT: Final = struct.Struct(f"<16s{32 * RTMR_COUNT}sBBH{HOST_DATA_BYTES}sIIII")
 _RANGE: Final = struct.Struct("<QQ")
 _PAIR: Final = struct.Struct("<QI")
 _VCPU: Final = struct.Struct("<I")
@@ -70,15 +71,18 @@ _VCPUS_MAX: Final = 512
 _GFN_MAX: Final = 1 << (GPA_BITS - 12)
 _SECOND_PRESENT: Final = 1
 _CPU_PAIR: Final = 2
+_SENT_AS_SECOND: Final = 4
 
 
 class _Journey:
-    """Guest.migration of a CSV3 guest: number of the next packet, and whether the context has been sent or has arrived."""
+    """Guest.migration of a CSV3 guest: number of the next packet, whether the context has been sent or has arrived, and the
+    guest frames that packets have named."""
 
-    __slots__ = ("context", "number")
+    __slots__ = ("context", "named", "number")
 
     def __init__(self) -> None:
         self.number = 0
+        self.named: set[int] = set()
         self.context = False
 
 
@@ -136,7 +140,13 @@ class Csv3MigrationCommands(Csv3FaultCommands, MigrationCommands):
                 header, ciphertext = self._seal(_KIND_DATA, guest, journey, marked, plaintext)
             finally:
                 wipe(plaintext)
-            record.sent.update(record.canonical(gfn) for _, gfn in private if not entries[gfn].writable)
+            for _, gfn in private:
+                journey.named.add(gfn)
+                page, partner = record.canonical(gfn), record.pairs.get(gfn, gfn)
+                if gfn != partner:
+                    record.sent_as[page] = gfn
+                if not entries[gfn].writable and not entries[partner].writable:
+                    record.sent.add(page)
             return header, marked, ciphertext
 
     def send_encrypt_context(
@@ -150,7 +160,8 @@ class Csv3MigrationCommands(Csv3FaultCommands, MigrationCommands):
         """
         with self.lock:
             guest, record, journey, asid = self._travelling(handle, GuestState.SUPDATE)
-            length = self._context_length(record)
+            gone = self._gone(record, journey)
+            length = self._context_length(record, gone)
             self._check_answer_room(header_length, transport_length, length)
             if length > _CONTEXT_MAX:
                 self.refuse(
@@ -164,7 +175,7 @@ class Csv3MigrationCommands(Csv3FaultCommands, MigrationCommands):
                 )
             plaintext = bytearray(length)
             try:
-                self._write_context(guest, record, asid, plaintext)
+                self._write_context(guest, record, gone, asid, plaintext)
                 packet = self._seal(_KIND_CONTEXT, guest, journey, b"", plaintext)
             finally:
                 wipe(plaintext)
@@ -364,29 +375,40 @@ class Csv3MigrationCommands(Csv3FaultCommands, MigrationCommands):
 
     # ---- The context
 
-    def _context_length(self, record: Csv3Guest) -> int:
+    def _gone(self, record: Csv3Guest, journey: _Journey) -> RangeSet:
+        """Pages that have been sent and are private memory no more: the target must forget them."""
+        gone = RangeSet()
+        for gfn in journey.named:
+            entry = record.table.entries.get(gfn)
+            if entry is None or not entry.private:
+                gone.add(gfn, gfn + 1)
+        return gone
+
+    def _context_length(self, record: Csv3Guest, gone: RangeSet) -> int:
         length = (
             _CONTEXT.size
-            + _RANGE.size * len(record.table.shared)
+            + _RANGE.size * (len(record.table.shared) + len(gone))
             + _PAIR.size * (len(record.pairs) // 2)
             + (_VCPU.size + PAGE) * len(record.vcpus)
         )
         return -(-length // PAGE) * PAGE
 
-    def _write_context(self, guest: Guest, record: Csv3Guest, asid: int, out: bytearray) -> None:
+    def _write_context(self, guest: Guest, record: Csv3Guest, gone: RangeSet, asid: int, out: bytearray) -> None:
         pairs = sorted(gfn for gfn, partner in record.pairs.items() if gfn < partner)
         registers = b"".join(guest.rtmrs)
         _CONTEXT.pack_into(
             out, 0, _MAGIC, registers, guest.rtmr_state, 0, guest.rtmr_version, record.host_data,
-            len(record.table.shared), len(pairs), len(record.vcpus),
+            len(record.table.shared), len(gone), len(pairs), len(record.vcpus),
         )  # fmt: skip
         place = _CONTEXT.size
-        for first, stop in record.table.shared:
+        for first, stop in (*record.table.shared, *gone):
             _RANGE.pack_into(out, place, first, stop)
             place += _RANGE.size
         for gfn in pairs:
             flags = _SECOND_PRESENT if record.table.entries[gfn + 1].present else 0
-            _PAIR.pack_into(out, place, gfn, flags | (_CPU_PAIR if gfn in record.cpu_pairs else 0))
+            flags |= _CPU_PAIR if gfn in record.cpu_pairs else 0
+            flags |= _SENT_AS_SECOND if record.sent_as.get(gfn) == gfn + 1 else 0
+            _PAIR.pack_into(out, place, gfn, flags)
             place += _PAIR.size
         with memoryview(out) as view:
             for number in sorted(record.vcpus):
@@ -400,9 +422,9 @@ class Csv3MigrationCommands(Csv3FaultCommands, MigrationCommands):
     ) -> list[int]:
         """Takes the state over. The MAC has vouched for the bytes; they are checked all the same before anything changes."""
         fields = _CONTEXT.unpack_from(data)
-        magic, registers, rtmr_state, _, rtmr_version, host_data, ranges, pairs, vcpus = fields
+        magic, registers, rtmr_state, _, rtmr_version, host_data, ranges, lost, pairs, vcpus = fields
         place = _CONTEXT.size
-        needed = place + ranges * _RANGE.size + pairs * _PAIR.size + vcpus * (_VCPU.size + PAGE)
+        needed = place + (ranges + lost) * _RANGE.size + pairs * _PAIR.size + vcpus * (_VCPU.size + PAGE)
         if magic != _MAGIC or needed > len(data) or rtmr_state > 2:
             self.refuse(FirmwareStatus.BAD_MEASUREMENT, "the packet holds no context of this format")
         if len(shadows) != vcpus:
@@ -411,22 +433,30 @@ class Csv3MigrationCommands(Csv3FaultCommands, MigrationCommands):
             )
         shared = [_RANGE.unpack_from(data, place + index * _RANGE.size) for index in range(ranges)]
         place += ranges * _RANGE.size
+        gone = [_RANGE.unpack_from(data, place + index * _RANGE.size) for index in range(lost)]
+        place += lost * _RANGE.size
         couples = [_PAIR.unpack_from(data, place + index * _PAIR.size) for index in range(pairs)]
         place += pairs * _PAIR.size
         entries = record.table.entries
-        if any(gfn not in entries or gfn + 1 >= _GFN_MAX for gfn, _ in couples) or any(
-            not first < stop <= _GFN_MAX for first, stop in shared
+        sources = [gfn + 1 if flags & _SENT_AS_SECOND else gfn for gfn, flags in couples]
+        if any(gfn not in entries for gfn in sources) or any(
+            not first < stop <= _GFN_MAX for first, stop in (*shared, *gone)
         ):
             self.refuse(FirmwareStatus.BAD_MEASUREMENT, "the context names pages that have not arrived")
         if vcpus > record.pool.free:
             self.refuse(FirmwareStatus.RESOURCE_LIMIT, f"{vcpus} private frames needed, {record.pool.free} are free")
+        left = RangeSet()
+        for first, stop in gone:
+            left.add(first, stop)
+        for gfn in [gfn for gfn in entries if gfn in left]:
+            record.pool.give_back(entries.pop(gfn).frame)
         for first, stop in shared:
             record.table.shared.add(first, stop)
-        for gfn, flags in couples:
-            second = entries.get(gfn + 1)
-            if second is not None:
-                record.pool.give_back(second.frame)
-            frame = entries[gfn].frame
+        for (gfn, flags), source in zip(couples, sources, strict=True):
+            other = entries.get(2 * gfn + 1 - source)
+            if other is not None:
+                record.pool.give_back(other.frame)
+            frame = entries[source].frame
             later = bool(flags & _SECOND_PRESENT)
             entries[gfn] = Mapping(frame, True, present=not later)
             entries[gfn + 1] = Mapping(frame, True, present=later)

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from csvfast.errors import AlignmentError, AllocationError, ArgumentError, LengthError
 
-__all__ = ["Frames", "GuestRange"]
+__all__ = ["PAGE", "Frames", "GuestRange"]
 
 PAGE: Final = 4096
 
@@ -76,11 +76,23 @@ class Frames:
         span = self._held(address, holder)
         span.guest, span.guest_physical, span.holder = handle, guest_physical, None
 
-    def hand_over(self, address: int, size: int, holder: object) -> None:
-        """Spans that touch the range belong to another holder from now on, whoever allocated them."""
+    def reserve(self, address: int, size: int, holder: object) -> None:
+        """The range (whole pages) is the holder's from now on: spans that touch it change hands, whoever allocated them, and what
+        nobody had is no longer given out."""
+        end = address + size
+        place = max(address, self._first)
+        spans: list[_Span] = []
         for span in self._spans:
-            if span.guest is None and span.address < address + size and address < span.address + span.size:
-                span.holder = holder
+            if span.address < end and address < span.address + span.size:
+                if span.guest is None:
+                    span.holder = holder
+                if place < span.address:
+                    spans.append(_Span(place, span.address - place, holder))
+                place = span.address + span.size
+            spans.append(span)
+        if place < min(end, self._end):
+            spans.append(_Span(place, min(end, self._end) - place, holder))
+        self._spans = sorted(spans, key=lambda span: span.address)
 
     def guest_ranges(self, handle: int) -> list[GuestRange]:
         """A guest's memory, by guest physical address."""

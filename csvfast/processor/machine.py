@@ -15,7 +15,7 @@ from csvfast.errors import FirmwareStatus, LengthError
 from csvfast.processor.buffers import copy_of, size_of
 from csvfast.processor.core import C_BIT, GuestState
 from csvfast.processor.dma import HOST
-from csvfast.processor.frames import Frames, GuestRange
+from csvfast.processor.frames import PAGE, Frames, GuestRange
 from csvfast.processor.mailbox import Mailbox
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class LocalMachine:
         self._frames = Frames(self.memory.base_address, self.memory.size)
         self._lock = processor.lock
         self._tmr: tuple[int, int] | None = None
+        self._settle(set())
 
     @property
     def problem(self) -> str | None:
@@ -184,7 +185,7 @@ class LocalMachine:
             self._tmr = self.processor.tmr
             self._frames.release_holder(_FIRMWARE)
             if self._tmr is not None:
-                self._frames.hand_over(self._tmr[0], self._tmr[1], _FIRMWARE)
+                self._frames.reserve(self._tmr[0], -(-self._tmr[1] // PAGE) * PAGE, _FIRMWARE)
 
     def _access(self, handle: int, address: int, length: int) -> tuple[int, int] | None:
         """Place and ASID of a vCPU's access; None for a CSV3 guest, whose nested page table decides."""

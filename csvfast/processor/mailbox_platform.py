@@ -26,6 +26,7 @@ FLAG_ES: Final = 1
 
 
 def _init(dma: Dma, block: ParameterBlock) -> None:
+    dma.processor.require_platform(PlatformState.UNINIT)
     flags = block["flags"]
     if flags & ~FLAG_ES:
         dma.processor.refuse(FirmwareStatus.INVALID_PARAM, f"flags are {flags:#x}; expected 0 or 1")
@@ -35,6 +36,7 @@ def _init(dma: Dma, block: ParameterBlock) -> None:
 def _init_ex(dma: Dma, block: ParameterBlock) -> None:
     """INIT with the block's own length in front. The NV area, where a part without flash keeps its state in the host's files,
     is not supported: state lives in the state directory."""
+    dma.processor.require_platform(PlatformState.UNINIT)
     size = LAYOUTS[Command.INIT_EX].size
     if block["length"] != size:
         dma.processor.refuse(FirmwareStatus.INVALID_LENGTH, f"length is {block['length']}; expected {size}")
@@ -45,7 +47,7 @@ def _init_ex(dma: Dma, block: ParameterBlock) -> None:
 
 def _platform_status(dma: Dma, block: ParameterBlock) -> None:
     encoded = dma.processor.platform_status().encode()
-    for field in block.layout.fields:
+    for field in block.layout.written:
         block[field.name] = int.from_bytes(encoded[field.offset : field.offset + field.size], "little")
 
 
@@ -86,6 +88,7 @@ def _pdh_cert_export(dma: Dma, block: ParameterBlock) -> None:
 
 
 def _download_firmware(dma: Dma, block: ParameterBlock) -> None:
+    dma.processor.require_download_state()
     length = block["length"]
     if not 0 < length <= FIRMWARE_IMAGE_MAX:
         dma.processor.refuse(
@@ -95,6 +98,7 @@ def _download_firmware(dma: Dma, block: ParameterBlock) -> None:
 
 
 def _hgsc_cert_import(dma: Dma, block: ParameterBlock) -> None:
+    dma.processor.require_platform(PlatformState.INIT)
     for name in ("hgscsk", "hgsc"):
         dma.check_length(block, name, most=CERTIFICATES_MAX)
     dma.processor.hgsc_cert_import(

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Final, Self
 
 from csvfast.errors import FirmwareError, FirmwareStatus
 from csvfast.processor.core import PAGE
-from csvfast.processor.dma import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,13 +73,14 @@ def queue_register(low: int, high: int) -> int:
 
 
 class _Queue:
-    __slots__ = ("commands", "head", "statuses", "tail")
+    __slots__ = ("commands", "failed", "head", "statuses", "tail")
 
     def __init__(self, commands: int, statuses: int) -> None:
         self.commands = commands
         self.statuses = statuses
         self.head = 0
         self.tail = 0
+        self.failed = False  # the entry at the head was executed and refused
 
 
 class RingBuffers:
@@ -120,11 +120,13 @@ class RingBuffers:
         high.tail, low.tail = tail >> _HIGH_SHIFT & _INDEX, tail & _INDEX
         if head is not None:
             high.head, low.head = head >> _HIGH_SHIFT & _INDEX, head & _INDEX
+        high.failed = low.failed = False
         while True:
             queue = high if high.head != high.tail else low
             if queue.head == queue.tail:
                 return self.head
             if self._execute(queue, execute) is not FirmwareStatus.SUCCESS:
+                queue.failed = True
                 return self.head | PAUSED
             queue.head = (queue.head + 1) & _INDEX
 
@@ -132,31 +134,29 @@ class RingBuffers:
         """The mode ends: what was queued and never executed says so. A failed entry keeps its own status."""
         for queue in self._queues:
             while queue.head != queue.tail:
-                if self._status(queue) in (FirmwareStatus.SUCCESS, _NOT_EXECUTED):
+                if queue.failed:
+                    queue.failed = False
+                else:
                     self._set_status(queue, FirmwareStatus.EXIT_RING_BUFFER)
                 queue.head = (queue.head + 1) & _INDEX
 
     def _execute(self, queue: _Queue, execute: Callable[[int, int], FirmwareStatus]) -> FirmwareStatus:
-        data = self._dma.memory.read(queue.commands + queue.head * ENTRY_BYTES, ENTRY_BYTES, HOST)
-        command, _flags, _software_data, address = _COMMAND_ENTRY.unpack(data)
-        status = execute(command, address)
+        try:
+            data = self._dma.read(queue.commands + queue.head * ENTRY_BYTES, ENTRY_BYTES)
+        except FirmwareError as refusal:
+            status = refusal.status  # a command of the ring gave this memory to the firmware or to a guest
+        else:
+            command, _flags, _software_data, address = _COMMAND_ENTRY.unpack(data)
+            status = execute(command, address)
         self._set_status(queue, status)
         return status
 
-    def _status(self, queue: _Queue) -> int:
-        place = queue.statuses + queue.head * ENTRY_BYTES
-        return int.from_bytes(self._dma.memory.read(place, 2, HOST), "little")
-
     def _set_status(self, queue: _Queue, status: FirmwareStatus) -> None:
-        # Commands of the ring may have turned host memory into private memory since the mode began.
         place = queue.statuses + queue.head * ENTRY_BYTES
         try:
             self._dma.write(place, _STATUS_ENTRY.pack(status, 0, 0, 0))
         except FirmwareError:
-            return
-
-
-_NOT_EXECUTED: Final = 0xFFFF  # what the driver puts into an entry's status before it queues the command
+            return  # as in _execute: that memory is no longer the host's
 
 
 class MailboxRegisters:

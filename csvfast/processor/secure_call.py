@@ -139,6 +139,7 @@ class SecureCallCommands(RtmrCommands, AttestationCommands):
         """
         second = first + 1
         table = record.table
+        record.sent -= {first, second}  # their mappings are made anew, writable
         entry = table.entries.get(first)
         if entry is None:
             frame = self.zeroed_frame(guest, record)

@@ -68,27 +68,20 @@ class Evidence:
         self,
         report: Report,
         *,
-        hsk_cek: bytes | None = None,
-        pek_beside: bytes | None = None,
-        serial_beside: bytes | None = None,
-        event_log: bytes | None = None,
+        hsk_cek: BytesLike | None = None,
+        pek_beside: BytesLike | None = None,
+        serial_beside: BytesLike | None = None,
+        event_log: BytesLike | None = None,
         encoding: Encoding = "raw",
-        magic: bytes | None = None,
+        magic: BytesLike | None = None,
     ) -> None:
-        for name, value, size in (
-            ("hsk_cek", hsk_cek, HSK_CEK_BYTES),
-            ("pek", pek_beside, CSV_BYTES),
-            ("serial_number", serial_beside, CHIP_ID_BYTES),
-        ):
-            if value is not None and len(value) != size:
-                raise FormatError("evidence", name, None, f"{len(value)} bytes", f"{size} bytes")
         self.report = report
-        self.hsk_cek = hsk_cek
-        self.pek_beside = pek_beside
-        self.serial_beside = serial_beside
-        self.event_log = event_log
+        self.hsk_cek = _optional("hsk_cek", hsk_cek, HSK_CEK_BYTES)
+        self.pek_beside = _optional("pek", pek_beside, CSV_BYTES)
+        self.serial_beside = _optional("serial_number", serial_beside, CHIP_ID_BYTES)
+        self.event_log = None if event_log is None else as_bytes(event_log, "event_log")
         self.encoding = encoding
-        self.magic = magic if magic is not None else (bytes(16) if report.version == 1 else EXTENDED_MAGIC)
+        self.magic = _optional("magic", magic, 16) or (bytes(16) if report.version == 1 else EXTENDED_MAGIC)
         self._hsk: CaCertificate | None = None
         self._cek: CsvCertificate | None = None
         self._pek: CsvCertificate | None = None
@@ -127,7 +120,7 @@ class Evidence:
         """The same evidence with HSK || CEK (2916 bytes) along."""
         return Evidence(
             self.report,
-            hsk_cek=as_bytes(hsk_cek, "hsk_cek"),
+            hsk_cek=hsk_cek,
             pek_beside=self.pek_beside,
             serial_beside=self.serial_beside,
             event_log=self.event_log,
@@ -243,6 +236,15 @@ def _librats(raw: bytes) -> Evidence:
         raise FormatError("librats evidence", "certificate length", REPORT_PAGE, str(length), f"{rest}, the bytes that follow")
     certificates = raw[LIBRATS_HEAD_BYTES:] if length else None
     return Evidence(Report.parse(raw[:REPORT_PAGE], 1), hsk_cek=certificates, encoding="librats")
+
+
+def _optional(name: str, value: BytesLike | None, size: int) -> bytes | None:
+    if value is None:
+        return None
+    raw = as_bytes(value, name)
+    if len(raw) != size:
+        raise FormatError("evidence", name, None, f"{len(raw)} bytes", f"{size} bytes")
+    return raw
 
 
 def _le32(value: int) -> bytes:

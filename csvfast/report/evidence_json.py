@@ -31,6 +31,15 @@ _NAME: Final = "evidence JSON"
 _DEPTH_LIMIT: Final = 32
 _BRACKETS: Final = re.compile(r"[\[\]{}]")
 _STRING: Final = re.compile(r'"[^"]*"')  # of a document without backslashes
+_KINDS: Final[dict[type, str]] = {
+    dict: "an object",
+    list: "a list",
+    bytes: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    type(None): "null",
+}
 _BYTE_LIST: Final = re.compile(r"\[([0-9, ]+)\]")
 _ZEROS: Final = ",0" * 16
 _BYTES: Final = {str(value): bytes([value]) for value in range(256)} | {"z": bytes(16)}
@@ -177,11 +186,11 @@ def _parse(text: str, take_members: Callable[[list[tuple[str, Any]]], dict[str, 
 
 
 def _load_quickly(text: str) -> Any:
-    """The document with its lists of bytes as `bytes`; None when `_parse` has to look at it.
+    """The document, its lists of bytes as `bytes`; None when `_parse` has to look at it.
 
-    json spends its time on the ten thousand numbers. Here each list of plain numbers 0 .. 255 is taken out before, and a string that
-    starts with a NUL stands in its place: no other string can, in a document without backslashes. Only what is right takes this way:
-    whatever is wrong is read again by `_parse`, which knows where.
+    json spends its time on the ten thousand numbers. Here each list of plain numbers 0 .. 255 is taken out before, and a
+    string that starts with a NUL stands in its place: no other string can, in a document without backslashes. Only what is right
+    takes this way: whatever is wrong is read again by `_parse`, which knows where.
     """
     if "\\" in text or "[" in "".join(_STRING.findall(text)):
         return None
@@ -225,7 +234,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _value in pairs:
             if name in seen:
-                raise FormatError(_NAME, name[:64], None, "the member twice", "each member once")
+                raise FormatError(_NAME, _shown_name(name), None, "the member twice", "each member once")
             seen.add(name)
     return members
 
@@ -235,8 +244,12 @@ def _no_integer(text: str) -> NoReturn:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", bytes: "a list", str: "a string", bool: "a boolean", int: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def _shown_name(name: str) -> str:
+    # It may come from anybody and must not steer a terminal.
+    return (name if name.isascii() and name.isprintable() else ascii(name)[1:-1])[:64]
 
 
 def _path(parent: str, name: str) -> str:
@@ -259,7 +272,7 @@ def _object(parent: dict[str, Any], name: str, path: str) -> dict[str, Any]:
 def _only(members: dict[str, Any], names: Sequence[str], path: str) -> None:
     for name in members:
         if name not in names:
-            raise FormatError(_NAME, _path(path, name[:64]), None, "an unknown member", f"only {', '.join(names)}")
+            raise FormatError(_NAME, _path(path, _shown_name(name)), None, "an unknown member", f"only {', '.join(names)}")
 
 
 def _leaf(parent: dict[str, Any], name: str, size: int, kind: str, path: str) -> bytes:

@@ -343,10 +343,15 @@ def chip_id_of(field: bytes, structure: str, offset: int | None) -> str:
 
 
 def _page_version(page: bytes) -> Literal[1, 2]:
-    # A page says nothing about its version. V1: a PEK's usage word in V1's place, plain or masked; V2: that is not so, and there
-    # are bytes where a V1 page is only padding.
+    # A page says nothing about its version. V2: a PEK's usage word in V2's place, and bytes where a V1 page is only padding.
+    # V1: a PEK's usage word in V1's place, plain or masked. V2 is asked first: in its pages V1's place is rtmr4, mostly zero,
+    # and the mask's place is the build, which may well be the number of that usage.
+    at = _PEK_V2 + _USAGE_IN_PEK
+    behind_v1 = any(page[RAW_V1_BYTES:RAW_V2_BYTES])
+    if behind_v1 and page[at : at + 4] == _PEK_WORD:
+        return 2
     at = _PEK_V1 + _USAGE_IN_PEK
     usage = int.from_bytes(page[at : at + 4], "little")
     if usage == REPORT_SIGNER_USAGE or usage ^ int.from_bytes(page[0xBC:0xC0], "little") == REPORT_SIGNER_USAGE:
         return 1
-    return 2 if any(page[RAW_V1_BYTES:RAW_V2_BYTES]) else 1
+    return 2 if behind_v1 else 1

@@ -12,7 +12,7 @@ from attest.simulated_evidence import MEASURE, MNONCE, REPORT_DATA, RTMRS, Platf
 from csvfast.attest import AppraisalPolicy, Verified, appraise, claims, verify
 from csvfast.crypto import sm3
 from csvfast.errors import AppraisalError, BufferTypeError, FormatError, LengthError
-from csvfast.report import Evidence, Report, client_report, read_evidence
+from csvfast.report import Evidence, GuestPolicy, Report, client_report, masked, read_evidence
 
 PLATFORM = Platform()
 V1 = verify(PLATFORM.evidence(), roots=PLATFORM.roots)
@@ -165,6 +165,63 @@ def test_this_exchange() -> None:
         appraise(V1, policy, mnonce=bytes(15))
 
 
+MASKED_MEMBERS: list[dict[str, Any]] = [
+    {"vm_ids": ["00" * 16]},
+    {"vm_versions": ["00" * 16]},
+    {"policy": {"required": ["nodbg"]}},
+    {"policy": {"forbidden": ["asid_reuse"]}},
+    {"policy": {"exact": [0x45]}},
+    {"minimum": {"policy_api": "0.0"}},
+    {"minimum": {"policy_hsk_version": 0}},
+    {"minimum": {"policy_cek_version": 0}},
+]
+
+
+def remasked(evidence: Evidence, delta: bytes) -> Evidence:
+    """What anybody can make of a V1 report: another mask, and every masked field with it. The signature stays valid."""
+    page = bytearray(evidence.report.page())
+    page[0xB4:0xC0] = page[0xB4:0xBC] + masked(bytes(page[0xBC:0xC0]), delta)
+    page[0xB4:0xBC] = masked(bytes(page[0xB4:0xBC]), delta)
+    page[0x150:0x9B4] = masked(bytes(page[0x150:0x9B4]), delta)
+    page[0x9B4:0x9D4] = bytes(32)
+    return Evidence(Report.parse(page, 1), hsk_cek=evidence.hsk_cek, encoding="rats-tls")
+
+
+def test_a_debuggable_guest_cannot_be_dressed_up() -> None:
+    """The attack: policy bit nodbg set by choosing the mask. Only a comparison with a measurement or a nonce notices."""
+    debuggable = PLATFORM.evidence(policy=GuestPolicy(0x44))
+    forged = verify(remasked(debuggable, b"\x01\0\0\0"), roots=PLATFORM.roots)
+    assert forged.report.policy.nodbg
+    any_guest = {"any_measurement": True, "policy": {"required": ["nodbg"]}}
+    names = [one.name for one in appraise(forged, AppraisalPolicy.from_dict(any_guest)).violations]
+    assert names == ["mask"]
+    for bound, name in (
+        ({"measurements": [MEASURE.hex()]}, "measure"),
+        ({"any_measurement": True, "report_data": REPORT_DATA.hex()}, "report_data"),
+        ({"any_measurement": True, "mnonce": MNONCE.hex()}, "mnonce"),
+        ({"any_measurement": True, "user_pubkey_digests": [bytes(range(100, 132)).hex()]}, "user_pubkey_digest"),
+    ):
+        policy = AppraisalPolicy.from_dict(bound | {"policy": {"required": ["nodbg"]}})
+        assert [one.name for one in appraise(forged, policy).violations] == [name]
+        assert appraise(V1, policy).allowed
+
+
+@pytest.mark.parametrize("members", MASKED_MEMBERS)
+def test_fields_under_an_unbound_mask_are_not_compared(members: dict) -> None:
+    policy = AppraisalPolicy.from_dict({"any_measurement": True} | members)
+    assert "mask" in [one.name for one in appraise(V1, policy).violations]
+    assert "mask" not in appraise(V2, policy).checked
+    for expected in ({"report_data": REPORT_DATA}, {"mnonce": MNONCE}):
+        assert "mask" not in appraise(V1, policy, **expected).checked  # type: ignore[arg-type]
+        bound = verify(PLATFORM.evidence(), roots=PLATFORM.roots, **expected)  # type: ignore[arg-type]
+        assert "mask" not in appraise(bound, policy).checked
+
+
+def test_a_policy_for_chips_only_needs_no_mask() -> None:
+    chip = {"any_measurement": True, "cek_fingerprints": [sm3(PLATFORM.chip.cek.encoded).hexdigest()]}
+    assert appraise(V1, AppraisalPolicy.from_dict(chip)).allowed
+
+
 def test_partial_is_a_violation() -> None:
     partial = verify(PLATFORM.page_v1(), roots=PLATFORM.roots, allow_partial=True)
     violations = appraise(partial, AppraisalPolicy.from_dict(allowed())).violations
@@ -264,6 +321,23 @@ def test_files(tmp_path: Path) -> None:
         ('{"any_measurement": true, "any_measurement": true}', "any_measurement"),
         ('{"any_measurement": tru', "syntax"),
         ('{"a":' * 100000, "nesting"),
+        ("a = " + "[" * 100000, "nesting"),
+        ('{"any_measurement": true, "minimum": {"build": %s}}' % ("9" * 5000), "number"),
+        ("any_measurement = true\n[minimum]\nbuild = " + "9" * 5000, "number"),
+        ("any_measurement = true\n[minimum]\nbuild = 0x" + "f" * 5000, "minimum.build"),
+        ('{"any_measurement": true, "minimum": {"build": NaN}}', "minimum.build"),
+        ('{"any_measurement": true, "minimum": {"build": 1e9}}', "minimum.build"),
+        ("any_measurement = true\n[minimum]\nbuild = 1979-05-27T07:32:00Z", "minimum.build"),
+        ("any_measurement = true\n[minimum]\nbuild = true", "minimum.build"),
+        ("any_measurement = 2024-01-01", "any_measurement"),
+        ("any_measurement = true\nchip_ids = []", "chip_ids"),
+        ("any_measurement = true\ncek_fingerprints = []", "cek_fingerprints"),
+        ("any_measurement = true\n[rtmrs]\nrtmr1 = []", "rtmrs.rtmr1"),
+        ("any_measurement = true\n[policy]\nexact = []", "policy.exact"),
+        ("any_measurement = true\n[policy]\nexact = [true]", "policy.exact[0]"),
+        ('any_measurement = true\nvm_ids = ["\uff10\uff10'  + "00" * 15 + '"]', "vm_ids[0]"),
+        ("any_measurement = true\n[[policy]]\nexact = [1]", "policy"),
+        ('any_measurement = true\n[minimum]\napi = "1.\u0663"', "minimum.api"),
     ],
 )
 def test_refused_policies(text: str, field: str) -> None:

@@ -11,10 +11,11 @@ from attest.simulated_evidence import MEASURE, MNONCE, REPORT_DATA, RTMRS, SEALI
 from report.published_event_log import EVENTS, REGISTERS, build_log
 
 from csvfast.attest import Verified, claims, verify
-from csvfast.certs import CertificateStore, CsvCertificate, KeyUsage, fingerprint, hygon_root
+from csvfast.certs import CaCertificate, CertificateStore, CsvCertificate, KeyUsage, fingerprint, hygon_root
 from csvfast.certs.chain import USER_IDS
+from csvfast.certs.factory import altered
 from csvfast.crypto import SM2PrivateKey, hmac_sm3
-from csvfast.errors import FormatError, LengthError, VerificationError
+from csvfast.errors import BufferTypeError, FormatError, LengthError, VerificationError
 from csvfast.report import Evidence, Report, masked, read_evidence
 
 
@@ -39,7 +40,7 @@ def test_complete_evidence(platform: Platform, version: int) -> None:
     verified = verify(evidence, roots=platform.roots, report_data=REPORT_DATA.rstrip(b"\0"), mnonce=MNONCE)
     assert verified.complete
     assert verified.checks == (*CHAIN, "report data", "mnonce", "MAC")
-    assert verified.unchecked == ()
+    assert [one.name for one in verified.unchecked] == ["chip id"]
     assert verified.root == platform.line.root
     assert verified.root_fingerprint == fingerprint(platform.line.root)
     assert verified.chain is not None
@@ -59,7 +60,7 @@ def test_every_encoding_with_certificates(platform: Platform, encoding: str) -> 
     verified = verify(WRITERS[encoding](platform.evidence()), roots=platform.roots)
     assert verified.complete
     assert verified.checks == (*CHAIN, *(["evidence"] if encoding == "json" else []))
-    assert [one.name for one in verified.unchecked] == ["MAC"]
+    assert [one.name for one in verified.unchecked] == ["mask", "MAC", "chip id"]
     assert claims(verified)["measure"] == MEASURE.hex()
 
 
@@ -74,12 +75,52 @@ def test_no_roots(platform: Platform) -> None:
     refused("HRK", platform.evidence(), roots=[])
 
 
+@pytest.mark.parametrize("roots", [[b"root"], b"root", [None]])
+def test_roots_of_another_type(platform: Platform, roots: Any) -> None:
+    with pytest.raises(BufferTypeError, match="roots"):
+        verify(platform.evidence(), roots=roots)
+
+
+def test_roots_that_are_no_roots(platform: Platform) -> None:
+    root, other = platform.line.root, Platform().line.root
+    refused("HSK", platform.evidence(), roots=[platform.line.hsk])
+    for at in (36, 90, 580, 660):  # usage, point, numbers of the signature over itself
+        damaged = bytearray(root.encoded)
+        damaged[at] ^= 1
+        refused("HRK", platform.evidence(), roots=[CaCertificate.parse(damaged)])
+        refused("HRK", platform.page_v1(), roots=[CaCertificate.parse(damaged)], allow_partial=True)
+    # A stranger's root under the key id of a trusted one, before and behind it; and alone.
+    double = CaCertificate.parse(altered(other.encoded, key_id=root.key_id, certifying_id=root.key_id))
+    for roots in ([double, root], [root, double]):
+        assert verify(platform.evidence(), roots=roots).root == root
+    refused("HRK", platform.evidence(), roots=[double])
+    other_hsk = Platform().line.hsk.encoded
+    forged = altered(other_hsk, key_id=platform.line.hsk.key_id, certifying_id=root.key_id)
+    refused("HSK", platform.evidence().with_certificates(forged + platform.chip.cek.encoded), roots=[root])
+
+
+def test_what_was_not_checked_is_said(platform: Platform) -> None:
+    def names(version: int = 1, **keywords: Any) -> list[str]:
+        return [one.name for one in verify(platform.evidence(version), roots=platform.roots, **keywords).unchecked]
+
+    assert names() == ["mask", "mnonce", "chip id"]
+    assert names(report_data=REPORT_DATA) == ["mnonce", "chip id"]
+    assert names(mnonce=MNONCE) == ["chip id"]
+    assert names(2) == ["mnonce", "chip id"]
+    assert names(2, mnonce=MNONCE, strict=False) == ["strict rules", "chip id"]
+
+
 def test_certificates_from_a_store(platform: Platform, tmp_path: Path) -> None:
     bare = platform.page_v1()
     assert "chain incomplete" in str(refused("HSK", bare, roots=platform.roots))
     empty = CertificateStore([], tmp_path / "empty")
     refused("HSK", bare, roots=platform.roots, store=empty)
-    assert verify(bare, roots=platform.roots, store=platform.store(tmp_path)).complete
+    verified = verify(bare, roots=platform.roots, store=platform.store(tmp_path), mnonce=MNONCE)
+    assert verified.complete
+    assert verified.unchecked == ()  # looked up under the chip id, so the CEK is that chip's
+    # Certificates that came along win over the store's, and then nothing binds the chip id.
+    along = verify(platform.evidence(), roots=platform.roots, store=platform.store(tmp_path), mnonce=MNONCE)
+    assert [one.name for one in along.unchecked] == ["chip id"]
     # Another chip's certificates under this chip's name.
     other = Platform(platform.line)
     wrong = CertificateStore([], tmp_path / "wrong")
@@ -100,7 +141,7 @@ def test_partial(platform: Platform) -> None:
     assert not verified.complete
     assert (verified.chain, verified.root, verified.root_fingerprint) == (None, None, None)
     assert verified.checks == ("HRK", "report signature", "report fields", "MAC")
-    assert [one.name for one in verified.unchecked] == ["HSK", "CEK", "PEK", "mnonce"]
+    assert [one.name for one in verified.unchecked] == ["HSK", "CEK", "PEK", "mask", "mnonce", "chip id"]
     assert "PARTIAL" in repr(verified)
     # With a complete chain there is nothing partial about it, and nothing is let through.
     assert verify(platform.evidence(), roots=platform.roots, allow_partial=True).complete
@@ -118,7 +159,7 @@ def test_real_evidence(real_evidence: bytes) -> None:
     verified = verify(real_evidence, allow_partial=True)
     assert not verified.complete
     assert verified.checks == ("HRK", "report signature", "report fields", "evidence")
-    assert [one.name for one in verified.unchecked] == ["HSK", "CEK", "PEK", "MAC", "event log"]
+    assert [one.name for one in verified.unchecked] == ["HSK", "CEK", "PEK", "mask", "MAC", "chip id", "event log"]
     # Valid over the masked bytes, not over the plain ones.
     report = verified.report
     report.pek.public_key.verify(report.signature, report.emitted[:0xB4], user_id=b"HYGON-SSD-PEK")
@@ -162,7 +203,7 @@ def test_mnonce(platform: Platform) -> None:
     with pytest.raises(LengthError):
         verify(platform.evidence(), roots=platform.roots, mnonce=bytes(15))
     verified = verify(platform.evidence(), roots=platform.roots)
-    assert [one.name for one in verified.unchecked] == ["mnonce"]
+    assert [one.name for one in verified.unchecked] == ["mask", "mnonce", "chip id"]
     assert "MAC" in verified.checks
 
 
@@ -190,7 +231,7 @@ def test_zeroed_field(platform: Platform) -> None:
     assert "MAC" in verify(with_page(platform, fitting[:2548], "raw"), roots=platform.roots).checks
     # rats-tls keeps the mask and zeroes the field.
     verified = verify(with_page(platform, bytes(page), "rats-tls"), roots=platform.roots)
-    assert [one.name for one in verified.unchecked] == ["MAC"]
+    assert [one.name for one in verified.unchecked] == ["mask", "MAC", "chip id"]
 
 
 def test_client_with_sealing_key_is_checked(platform: Platform) -> None:
@@ -251,6 +292,10 @@ def test_what_lies_beside_the_report(platform: Platform) -> None:
     other = platform.pek.with_signature(2, SM2PrivateKey.generate(), KeyUsage.OCA, USER_IDS[KeyUsage.OCA])
     refused("evidence", json_evidence(platform, pek_beside=other.encoded), roots=platform.roots)
     refused("PEK", json_evidence(platform, pek_beside=Platform(platform.line).pek.encoded), roots=platform.roots)
+    # One of the two alone is compared as well.
+    for one in ("pek_beside", "serial_beside"):
+        assert "evidence" in verify(json_evidence(platform, **{one: None}), roots=platform.roots).checks
+    refused("evidence", json_evidence(platform, pek_beside=other.encoded, serial_beside=None), roots=platform.roots)
 
 
 def test_the_chip_id_is_bound_by_the_mac_only(platform: Platform) -> None:

@@ -44,6 +44,7 @@ def test_root_is_the_published_file(hygon_data: Path) -> None:
 
 
 def test_root_has_the_pinned_fingerprint_and_signs_itself() -> None:
+    chain._verified_root.cache_clear()  # or another object with the same bytes may be the one that was prepared
     root = hygon_root()
     assert root is hygon_root()
     assert fingerprint(root) == HYGON_ROOT_FINGERPRINT
@@ -203,10 +204,10 @@ def test_user_id_length_field(factory: ChainFactory) -> None:
             assert caught.value.offset == fields_of(factory.encodings[role])["uid_len"][0]
 
 
-@pytest.mark.parametrize("value", ["text", 5, None, object(), [1, 2]])
+@pytest.mark.parametrize("value", ["text", 5, 832, None, object(), [0] * 832, (0,) * 2084, iter(bytes(832))])
 def test_what_is_no_buffer(value: object) -> None:
     for read in (CaCertificate.parse, CsvCertificate.parse, parse_bundle):
-        with pytest.raises((BufferTypeError, FormatError)):
+        with pytest.raises(BufferTypeError, match=f"{type(value).__name__}; expected a bytes-like object"):
             read(value)  # type: ignore[operator]
 
 

@@ -56,6 +56,25 @@ def test_hsk_that_borrows_hygons_key_id(factory: ChainFactory) -> None:
     assert caught.value.step == "HSK"
 
 
+def test_tolerant_mode_looks_for_the_root_by_signature(factory: ChainFactory) -> None:
+    """Where key ids do not count, neither does the order of the roots."""
+    chain, (root,) = factory.chain(factory.wrong("HSK", "certifying_id", hygon_root().key_id))
+    chain = replace(chain, hrk=None)
+    for roots in ([root], [root, hygon_root()], [hygon_root(), root]):
+        assert verify_chain(chain, roots, strict=False) == root
+        with pytest.raises(VerificationError):
+            verify_chain(chain, roots)
+    with pytest.raises(VerificationError, match="the signature by the HRK is not valid"):
+        verify_chain(chain, [hygon_root()], strict=False)
+
+
+def test_steps_that_are_no_roles(factory: ChainFactory) -> None:
+    chain, _ = factory.chain()
+    for step in ("FOO", "INVALID", "cek"):
+        with pytest.raises(ArgumentError, match="expected one of HRK, HSK"):
+            verify_certificate(chain.cek, chain.hsk, step=step)
+
+
 def test_root_that_borrows_hygons_key_id_does_not_shadow_it(factory: ChainFactory) -> None:
     copy = factory.wrong("HRK", "key_id", hygon_root().key_id)
     copy["HRK"] = factory.signed("HRK", altered(copy["HRK"], certifying_id=hygon_root().key_id))

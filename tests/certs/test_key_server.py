@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import socket
@@ -346,6 +347,122 @@ def test_waiters_share_a_failure_and_the_next_one_asks_again(client: KeyServerCl
 def test_urls_that_are_refused(url: str) -> None:
     with pytest.raises(ArgumentError, match="key server URL"):
         KeyServerClient(url)
+
+
+@pytest.mark.parametrize("url", ["https://user:hunter2@host", "https://:hunter2@host:99999", "http://user:hunter2@[::1"])
+def test_passwords_in_urls_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ArgumentError, match="key server URL with a user name") as caught:
+        KeyServerClient(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_ipv6(line: ManufacturingLine) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("this Python has no IPv6")
+    with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+
+    class Server6(Server):
+        address_family = socket.AF_INET6
+
+    server = Server6(("::1", 0), Handler)
+    server.line, server.requests, server.stop = line, Counter(), threading.Event()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        client = KeyServerClient(f"http://[::1]:{server.server_port}", roots=[line.root], allow_http=True)
+        assert client.hrk() == line.root
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"\x1b[31mEVIL\x07\r\n\r\n", "EVIL"),
+        (b"HTTP/1.1 2\x1b0 OK\r\n\r\n", "2"),
+        (b"HTTP/1.1 200 OK\r\nX:" + b"a" * 70000 + b"\r\n\r\n", "header line"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n", "100 headers"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\x1b\r\n", "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\naaaaa", "negative"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n", "0 bytes"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nx", "1 bytes"),
+    ],
+    ids=range(8),
+)
+def test_answers_that_are_attacks(line: ManufacturingLine, answer: bytes, words: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                with contextlib.suppress(OSError):
+                    connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.recv(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client = KeyServerClient(f"http://127.0.0.1:{listener.getsockname()[1]}", 30, allow_http=True)
+        with pytest.raises(KeyServerError, match=words) as caught:
+            client.hsk_cek("SIM1")
+        thread.join()
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("host", ["a" * 300, "a..b", "xn--", "."])
+def test_names_that_cannot_be_resolved(host: str, context: ssl.SSLContext) -> None:
+    with pytest.raises(KeyServerError, match="hsk_cek"):
+        KeyServerClient(f"https://{host}", context=context).hsk_cek("SIM1")
+
+
+def test_addresses_share_one_deadline(context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+    real = socket.getaddrinfo
+
+    def resolve(host: str, port: int, *arguments: int, **options: int) -> object:
+        if host == "many.example":
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"192.0.2.{number}", port)) for number in range(9)]
+        return real(host, port, *arguments, **options)
+
+    def never(address: tuple[str, int], timeout: float) -> socket.socket:
+        assert address[0].startswith("192.0.2.")
+        tried.append(timeout)
+        time.sleep(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", never)
+    with pytest.raises(KeyServerError, match=f"no answer within {SHORT} seconds"):
+        KeyServerClient("https://many.example", SHORT, context=context).hsk_cek("SIM1")
+    assert sum(tried) < SHORT + 0.1
+
+
+def test_the_second_address_is_tried(
+    line: ManufacturingLine, server: Server, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried = socket.create_connection, []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        tried.append(address[0])
+        if len(tried) == 1:
+            raise ConnectionRefusedError
+        return real(("127.0.0.1", server.server_port), timeout)
+
+    addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"192.0.2.{number}", 1)) for number in (1, 2, 3)]
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: addresses if host == "localhost" else resolve(host, *rest, **more)
+    )
+    assert KeyServerClient("https://localhost", roots=[line.root], context=context).hrk() == line.root
+    assert tried == ["192.0.2.1", "192.0.2.2"]
 
 
 def test_plain_http_only_for_this_machine_and_when_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from csvfast.certs import CertificateStore, CsvCertificate, ManufacturingLine, c
 from csvfast.certs.chip import ChipIdentity
 from csvfast.certs.factory import ChainFactory
 from csvfast.certs.store import default_cache, default_directories, read_bundle
-from csvfast.errors import FormatError, VerificationError
+from csvfast.errors import FormatError, StateError, VerificationError
 
 HOSTILE = [
     "", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b", "a\nb", "a b", "a%2e", "KPA?x=1", "KPA#", "é", "K" * 65,
@@ -73,6 +74,30 @@ def test_default_places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.directories == default_directories()
     assert store.cache == default_cache()
     assert store.client is None
+
+
+@pytest.mark.parametrize("home", [None, "relative"])
+def test_nothing_is_written_below_a_home_that_nobody_knows(
+    tmp_path: Path, chip: ChipIdentity, monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    def nobody(_user: int) -> None:
+        raise KeyError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("XDG_CACHE_HOME", "CSV_CHAIN", "HSK_CEK_CERT_PATH", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    assert default_cache() is None
+    assert all(path.is_absolute() for path in default_directories())
+    store = CertificateStore()
+    assert store.find(chip.chip_id) is None
+    with pytest.raises(StateError, match="no cache"):
+        store.add(chip.chip_id, chip.hsk, chip.cek)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert CertificateStore().add(chip.chip_id, chip.hsk, chip.cek).is_relative_to(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("form", ["{0}/hsk_cek.cert", "{0}_hsk_cek.cert", "{0}.cert"])
@@ -140,11 +165,20 @@ def test_damaged_files_are_named(tmp_path: Path, chip: ChipIdentity) -> None:
         assert str(path) in str(caught.value)
 
 
-def test_odd_files_are_not_there(tmp_path: Path, chip: ChipIdentity) -> None:
+def test_odd_files_are_not_there(tmp_path: Path, chip: ChipIdentity, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / f"{chip.chip_id}.cert")
     (tmp_path / f"{chip.chip_id}_hsk_cek.cert").mkdir()
     (tmp_path / chip.chip_id).write_bytes(b"a file where a directory should be")
     assert CertificateStore([tmp_path], cache=False).find(chip.chip_id) is None
+    (tmp_path / f"{chip.chip_id}.cert").unlink()
+    monkeypatch.chdir(tmp_path)  # the path of a socket has 107 bytes at most
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"{chip.chip_id}.cert")
+        assert CertificateStore([tmp_path], cache=False).find(chip.chip_id) is None
+    (tmp_path / f"{chip.chip_id}.cert").unlink()
+    (tmp_path / f"{chip.chip_id}.cert").symlink_to(f"{chip.chip_id}.cert")
+    with pytest.raises(OSError, match="symbolic links"):
+        CertificateStore([tmp_path], cache=False).find(chip.chip_id)
 
 
 def test_directories_closed_to_this_user(
@@ -190,7 +224,7 @@ def test_adding(home: Path, chip: ChipIdentity, line: ManufacturingLine) -> None
     with pytest.raises(VerificationError) as caught:
         store.add(chip.chip_id, other.hsk, chip.cek)
     assert caught.value.step == "CEK"
-    with pytest.raises(VerificationError, match="no cache"):
+    with pytest.raises(StateError, match="no cache"):
         CertificateStore(cache=False).add(chip.chip_id, chip.hsk, chip.cek)
 
 

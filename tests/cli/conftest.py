@@ -28,3 +28,24 @@ def csvfast_command(tmp_path: Path) -> Run:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def csvfast_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """As csvfast_command, in this process: for what a command says, where the process around it is not the point."""
+    from csvfast.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("CSVFAST_")]:
+                patch.delenv(name)
+            for name, value in (environment or {}).items():
+                patch.setenv(name, value)
+            texts = list(map(str, arguments))
+            capfd.readouterr()
+            code = main(texts)
+            return subprocess.CompletedProcess(texts, code, *capfd.readouterr())
+
+    return run

@@ -70,12 +70,12 @@ def one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> 
 # ---- show -----------------------------------------------------------------------------------------------------------
 
 
-def test_show(csvfast_command: Run, folder: Path, factory: ChainFactory) -> None:
-    done = csvfast_command("cert", "show", folder / "full")
+def test_show(csvfast_here: Run, folder: Path, factory: ChainFactory) -> None:
+    done = csvfast_here("cert", "show", folder / "full")
     assert (done.returncode, done.stderr) == (0, "")
     for role in ALL:
         assert f"Certificate:     {role}\n" in done.stdout
-    record = json.loads(csvfast_command("cert", "show", folder / "full", "--json").stdout)
+    record = json.loads(csvfast_here("cert", "show", folder / "full", "--json").stdout)
     shown = {one["role"]: one for one in record["certificates"]}
     assert list(shown) == ["HRK", "HSK", "CEK", "OCA", "PEK", "PDH"]
     bundle = parse_bundle(b"".join(factory.encodings.values())).certificates()
@@ -96,44 +96,44 @@ def test_show_hygons_root_from_standard_input(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["certificates"][0]["sm3"] == HYGON_ROOT_FINGERPRINT
 
 
-def test_show_evidence(csvfast_command: Run, hygon_data: Path) -> None:
-    record = json.loads(csvfast_command("cert", "show", hygon_data / "csv_evidence.json", "--json").stdout)
+def test_show_evidence(csvfast_here: Run, hygon_data: Path) -> None:
+    record = json.loads(csvfast_here("cert", "show", hygon_data / "csv_evidence.json", "--json").stdout)
     (pek,) = record["certificates"]
     assert (pek["role"], pek["api"], pek["usage"]) == ("PEK", "1.3", "0x1002")
 
 
-def test_show_does_not_judge(csvfast_command: Run, folder: Path, factory: ChainFactory) -> None:
+def test_show_does_not_judge(csvfast_here: Run, folder: Path, factory: ChainFactory) -> None:
     (folder / "odd").write_bytes(factory.wrong("CEK", "x", resign=False)["CEK"])
-    done = csvfast_command("cert", "show", folder / "odd")
+    done = csvfast_here("cert", "show", folder / "odd")
     assert done.returncode == 0
     assert "On the curve:    no" in done.stdout
     assert "Reserved areas:  zero" in done.stdout
     (folder / "odd").write_bytes(factory.wrong("CEK", "reserved2")["CEK"])
-    assert "Reserved areas:  not zero: reserved2" in csvfast_command("cert", "show", folder / "odd").stdout
+    assert "Reserved areas:  not zero: reserved2" in csvfast_here("cert", "show", folder / "odd").stdout
 
 
-def test_terminal_is_safe(csvfast_command: Run, folder: Path, factory: ChainFactory) -> None:
+def test_terminal_is_safe(csvfast_here: Run, folder: Path, factory: ChainFactory) -> None:
     (folder / "odd").write_bytes(factory.wrong("CEK", "uid", b"\x1b[31m\r\n\x07", resign=False)["CEK"])
-    done = csvfast_command("cert", "show", folder / "odd")
+    done = csvfast_here("cert", "show", folder / "odd")
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
     assert "\x07" not in done.stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"{}", b"\xff" * 832, bytes(2084), bytes(7016), b"[" * 5000, bytes(5 << 20)])
-def test_unreadable_input(csvfast_command: Run, folder: Path, content: bytes) -> None:
+def test_unreadable_input(csvfast_here: Run, folder: Path, content: bytes) -> None:
     (folder / "bad").write_bytes(content)
-    one_line(csvfast_command("cert", "verify", folder / "HRK", folder / "bad"), 2)
+    one_line(csvfast_here("cert", "verify", folder / "HRK", folder / "bad"), 2)
     if content == b"x":
         for command in (("show",), ("verify",), ("import", "--chip-id", "SIM1")):
-            one_line(csvfast_command("cert", *command, folder / "bad"), 2)
+            one_line(csvfast_here("cert", *command, folder / "bad"), 2)
 
 
-def test_missing_files(csvfast_command: Run, folder: Path) -> None:
+def test_missing_files(csvfast_here: Run, folder: Path) -> None:
     missing = folder / "missing"
     for command in (("show",), ("verify",), ("import",), ("verify", folder / "full", "--root")):
-        one_line(csvfast_command("cert", *command, missing), 2, str(missing), "No such file")
-    one_line(csvfast_command("cert", "show", folder), 2, "directory")
+        one_line(csvfast_here("cert", *command, missing), 2, str(missing), "No such file")
+    one_line(csvfast_here("cert", "show", folder), 2, "directory")
 
 
 # ---- verify ---------------------------------------------------------------------------------------------------------
@@ -142,98 +142,98 @@ def test_missing_files(csvfast_command: Run, folder: Path) -> None:
 @pytest.mark.parametrize(
     "files", [("full",), ("hsk_cek.cert",), ("PEK", "hsk_cek.cert"), ("PDH", "OCA", "CEK", "HSK", "PEK"), ("HSK",), ("HRK",)]
 )
-def test_verify(csvfast_command: Run, folder: Path, factory: ChainFactory, files: tuple[str, ...]) -> None:
+def test_verify(csvfast_here: Run, folder: Path, factory: ChainFactory, files: tuple[str, ...]) -> None:
     paths = [folder / name for name in files]
-    done = csvfast_command("cert", "verify", "--root", folder / "HRK", *paths)
+    done = csvfast_here("cert", "verify", "--root", folder / "HRK", *paths)
     assert done.returncode == 0, done.stderr
     assert "not Hygon" in done.stdout
     root = parse_bundle(factory.encodings["HRK"]).hrk
     assert root is not None
     assert fingerprint(root) in done.stdout
-    record = json.loads(csvfast_command("cert", "verify", "--root", folder / "HRK", *paths, "--json").stdout)
+    record = json.loads(csvfast_here("cert", "verify", "--root", folder / "HRK", *paths, "--json").stdout)
     assert record["genuine"] is True
     assert record["root"]["hygon"] is False
-    done = csvfast_command("cert", "verify", *paths, "--json")
+    done = csvfast_here("cert", "verify", *paths, "--json")
     one_line(done, 1, "not genuine", "not")
     assert json.loads(done.stdout)["genuine"] is False
 
 
-def test_verify_hygons_root(csvfast_command: Run, folder: Path) -> None:
+def test_verify_hygons_root(csvfast_here: Run, folder: Path) -> None:
     (folder / "hrk.cert").write_bytes(hygon_root().encoded)
-    done = csvfast_command("cert", "verify", folder / "hrk.cert")
+    done = csvfast_here("cert", "verify", folder / "hrk.cert")
     assert done.returncode == 0
     assert "(Hygon)" in done.stdout
-    one_line(csvfast_command("cert", "verify", folder / "hrk.cert", "--root", folder / "HRK"), 1, "not trusted")
+    one_line(csvfast_here("cert", "verify", folder / "hrk.cert", "--root", folder / "HRK"), 1, "not trusted")
 
 
-def test_verify_several_roots(csvfast_command: Run, folder: Path) -> None:
+def test_verify_several_roots(csvfast_here: Run, folder: Path) -> None:
     (folder / "hrk.cert").write_bytes(hygon_root().encoded)
     roots = ("--root", folder / "hrk.cert", "--root", folder / "HRK")
-    assert csvfast_command("cert", "verify", folder / "hsk_cek.cert", *roots).returncode == 0
-    one_line(csvfast_command("cert", "verify", folder / "full", "--root", folder / "CEK"), 2, "holds no HRK")
+    assert csvfast_here("cert", "verify", folder / "hsk_cek.cert", *roots).returncode == 0
+    one_line(csvfast_here("cert", "verify", folder / "full", "--root", folder / "CEK"), 2, "holds no HRK")
 
 
 @pytest.mark.parametrize("role", ["HSK", "CEK", "OCA", "PEK", "PDH"])
-def test_verify_names_the_step(csvfast_command: Run, folder: Path, factory: ChainFactory, role: str) -> None:
+def test_verify_names_the_step(csvfast_here: Run, folder: Path, factory: ChainFactory, role: str) -> None:
     wrong = factory.wrong(role, "reserved2")
     (folder / "wrong").write_bytes(b"".join(wrong[name] for name in ALL))
-    done = csvfast_command("cert", "verify", folder / "wrong", "--root", folder / "HRK", "--json")
+    done = csvfast_here("cert", "verify", folder / "wrong", "--root", folder / "HRK", "--json")
     one_line(done, 1, f"not genuine: {role}: reserved2")
     record = json.loads(done.stdout)
     assert (record["genuine"], record["step"]) == (False, role)
     # csv-rs does not look at reserved bytes; the signature was made over them.
-    assert csvfast_command("cert", "verify", folder / "wrong", "--root", folder / "HRK", "--tolerant").returncode == 0
+    assert csvfast_here("cert", "verify", folder / "wrong", "--root", folder / "HRK", "--tolerant").returncode == 0
 
 
-def test_verify_needs_the_links_between(csvfast_command: Run, folder: Path) -> None:
+def test_verify_needs_the_links_between(csvfast_here: Run, folder: Path) -> None:
     root = ("--root", folder / "HRK")
-    one_line(csvfast_command("cert", "verify", folder / "PEK", *root), 1, "HSK: the certificate is missing")
-    one_line(csvfast_command("cert", "verify", folder / "HSK", folder / "PEK", *root), 1, "CEK: the certificate is missing")
-    one_line(csvfast_command("cert", "verify", folder / "hsk_cek.cert", folder / "PDH", *root), 1, "PEK: the certificate")
+    one_line(csvfast_here("cert", "verify", folder / "PEK", *root), 1, "HSK: the certificate is missing")
+    one_line(csvfast_here("cert", "verify", folder / "HSK", folder / "PEK", *root), 1, "CEK: the certificate is missing")
+    one_line(csvfast_here("cert", "verify", folder / "hsk_cek.cert", folder / "PDH", *root), 1, "PEK: the certificate")
 
 
-def test_verify_two_chips_at_once(csvfast_command: Run, folder: Path) -> None:
+def test_verify_two_chips_at_once(csvfast_here: Run, folder: Path) -> None:
     (folder / "other").write_bytes(ChainFactory().encodings["CEK"])
-    one_line(csvfast_command("cert", "verify", folder / "full", folder / "other"), 2, "two different")
+    one_line(csvfast_here("cert", "verify", folder / "full", folder / "other"), 2, "two different")
 
 
 # ---- import and fetch -----------------------------------------------------------------------------------------------
 
 
-def test_import(csvfast_command: Run, folder: Path, factory: ChainFactory) -> None:
+def test_import(csvfast_here: Run, folder: Path, factory: ChainFactory) -> None:
     cache = folder / "xdg" / "csvfast" / "certs"
     home = {"XDG_CACHE_HOME": str(folder / "xdg")}
-    one_line(csvfast_command("cert", "import", folder / "hsk_cek.cert", "--chip-id", "SIM1", environment=home), 1, "HSK")
+    one_line(csvfast_here("cert", "import", folder / "hsk_cek.cert", "--chip-id", "SIM1", environment=home), 1, "HSK")
     assert not cache.exists()
     root = ("--root", folder / "HRK")
-    done = csvfast_command("cert", "import", folder / "hsk_cek.cert", "--chip-id", "SIM1", *root, environment=home)
+    done = csvfast_here("cert", "import", folder / "hsk_cek.cert", "--chip-id", "SIM1", *root, environment=home)
     assert done.returncode == 0, done.stderr
     found = CertificateStore([], cache=cache).find("SIM1")
     assert found is not None
     assert found[1].encoded == factory.encodings["CEK"]
-    again = csvfast_command("cert", "import", cache, *root, "--cache", folder / "second", "--json")
+    again = csvfast_here("cert", "import", cache, *root, "--cache", folder / "second", "--json")
     assert json.loads(again.stdout) == {"cache": str(folder / "second"), "chips": ["SIM1"]}
     for path, chip_id, words in ((folder / "hsk_cek.cert", "../x", "chip id"), (cache, "SIM1", "--chip-id")):
-        one_line(csvfast_command("cert", "import", path, "--chip-id", chip_id, *root, environment=home), 2, words)
+        one_line(csvfast_here("cert", "import", path, "--chip-id", chip_id, *root, environment=home), 2, words)
 
 
-def test_fetch_refusals(csvfast_command: Run, folder: Path) -> None:
+def test_fetch_refusals(csvfast_here: Run, folder: Path) -> None:
     """What is wrong before anybody is asked, and nobody at home."""
-    one_line(csvfast_command("cert", "fetch", "../x"), 2, "chip id")
-    one_line(csvfast_command("cert", "fetch", "KPA1", "--url", "http://cert.hygon.cn"), 2, "https")
-    one_line(csvfast_command("cert", "fetch", "KPA1", "--timeout", "0"), 2, "timeout")
-    one_line(csvfast_command("cert", "fetch", "KPA1", "--authority", folder / "missing"), 2, "--authority")
-    one_line(csvfast_command("cert", "fetch", "KPA1", "--authority", folder / "HRK"), 2, "--authority")
-    one_line(csvfast_command("cert", "fetch", "KPA1", "--url", "https://127.0.0.1:1", "--cache", folder / "c"), 3, "refused")
+    one_line(csvfast_here("cert", "fetch", "../x"), 2, "chip id")
+    one_line(csvfast_here("cert", "fetch", "KPA1", "--url", "http://cert.hygon.cn"), 2, "https")
+    one_line(csvfast_here("cert", "fetch", "KPA1", "--timeout", "0"), 2, "timeout")
+    one_line(csvfast_here("cert", "fetch", "KPA1", "--authority", folder / "missing"), 2, "--authority")
+    one_line(csvfast_here("cert", "fetch", "KPA1", "--authority", folder / "HRK"), 2, "--authority")
+    one_line(csvfast_here("cert", "fetch", "KPA1", "--url", "https://127.0.0.1:1", "--cache", folder / "c"), 3, "refused")
     assert not (folder / "c").exists()
 
 
-def test_fetch(csvfast_command: Run, folder: Path, factory: ChainFactory, key_server: str) -> None:
+def test_fetch(csvfast_here: Run, folder: Path, factory: ChainFactory, key_server: str) -> None:
     arguments = ("--url", key_server, "--cache", folder / "c")
-    one_line(csvfast_command("cert", "fetch", "SIM1", *arguments), 1, "not genuine: HSK")
+    one_line(csvfast_here("cert", "fetch", "SIM1", *arguments), 1, "not genuine: HSK")
     assert not (folder / "c").exists()
-    done = csvfast_command("cert", "fetch", "SIM1", *arguments, "--root", folder / "HRK", "--json")
+    done = csvfast_here("cert", "fetch", "SIM1", *arguments, "--root", folder / "HRK", "--json")
     assert done.returncode == 0, done.stderr
     path = Path(json.loads(done.stdout)["file"])
     assert path.read_bytes() == factory.encodings["HSK"] + factory.encodings["CEK"]
-    one_line(csvfast_command("cert", "fetch", "OTHER", *arguments, "--root", folder / "HRK"), 3, "404")
+    one_line(csvfast_here("cert", "fetch", "OTHER", *arguments, "--root", folder / "HRK"), 3, "404")

@@ -77,7 +77,7 @@ def test_verify_json(run: Run, files: Path, platform: Platform) -> None:
     document = json.loads(done.stdout)
     assert (document["verified"], document["complete"]) == (True, True)
     assert document["checks"][-3:] == ["report data", "mnonce", "MAC"]
-    assert document["unchecked"] == []
+    assert [one["name"] for one in document["unchecked"]] == ["chip id"]
     assert document["claims"]["serial_number"] == platform.chip.chip_id
     done = run("verify", *options, "--report-data", "00", "report.cert")
     assert done.returncode == 1
@@ -113,6 +113,8 @@ def test_flipped_bits(run: Run, files: Path, platform: Platform) -> None:
 def test_unreadable_input(run: Run, files: Path) -> None:
     (files / "garbage").write_bytes(b"garbage")
     (files / "empty").write_bytes(b"")
+    with (files / "sparse").open("wb") as sparse:
+        sparse.truncate(10 << 30)
     for arguments in (
         ("verify", "garbage"),
         ("verify", "empty"),
@@ -130,10 +132,40 @@ def test_unreadable_input(run: Run, files: Path) -> None:
         ("verify", "--report-data", "@missing", "report.cert"),
         ("appraise", "--policy", "missing", "report.cert"),
         ("appraise", "--policy", "garbage", "report.cert"),
+        ("verify", "--report-data", "00" * 65, "report.cert"),
+        ("verify", "--report-data", "@report.cert", "report.cert"),
+        ("verify", "/dev/zero"),
+        ("verify", "sparse"),
+        ("verify", "--certs", "sparse", "report.cert"),
+        ("verify", "--certs", "x" * 300, "report.cert"),
+        ("verify", "--root", "sparse", "report.cert"),
+        ("appraise", "--policy", "sparse", "report.cert"),
+        ("appraise", "--policy", ".", "report.cert"),
         ("request", "-o", "page", "--data", "00" * 65),
+        ("request", "-o", "-", "--json"),
     ):
         done = run(*arguments)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), (arguments, done.stderr)
+
+
+def test_names_in_evidence_do_not_reach_the_terminal(run: Run, files: Path) -> None:
+    for name in ("\x1b]0;owned\x07", "\u202egnp", "\ud800"):
+        (files / "hostile.json").write_text(json.dumps({name: 1})[:-1] + "," + json.dumps({name: 2})[1:])
+        (files / "hostile.toml").write_text('{"any_measurement": true, ' + json.dumps({name: 1})[1:])
+        for arguments in (("verify", "hostile.json"), ("appraise", "--policy", "hostile.toml", "report.cert")):
+            done = run(*arguments)
+            assert done.returncode == 2
+            assert ascii(name)[1:-1] in done.stderr
+            assert done.stderr.rstrip("\n").isprintable()
+
+
+def test_a_closed_or_full_standard_output_is_no_success(files: Path) -> None:
+    options = "--root root.cert --certs hsk_cek.cert"
+    for command in (f"verify {options} report.cert", f"verify --json {options} report.cert", "show report.cert", "request -o -"):
+        for place in ("&-", "/dev/full"):
+            line = f'"{sys.executable}" -P -m csvfast report {command} >{place}'
+            done = subprocess.run(["sh", "-c", line], cwd=files, capture_output=True, check=False)
+            assert (done.returncode, done.stderr.count(b"\n")) == (3, 1), (line, done.stderr)
 
 
 def test_partial(run: Run, files: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,11 @@ EXAMPLES = ROOT / "examples"
 
 
 def test_all_numbers_are_there() -> None:
-    assert [path.name[:2] for path in sorted(EXAMPLES.glob("[0-9][0-9]_*"))] == ["01", "02", "03", "04", "05", "06"]
+    """None is missing, none has two examples, and the list in README.md names each."""
+    names = sorted(path.name for path in EXAMPLES.glob("[0-9][0-9]_*"))
+    assert [name[:2] for name in names] == [f"{number:02}" for number in range(1, 10)]
+    listed = re.findall(r"^\| `([^`]+?)/?` \|", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed == names
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -57,7 +57,9 @@ def watchdog() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(name: str, inputs: int, seed: int, *, seconds: float = float("inf"), progress: bool = False) -> tuple[int, int, Finding | None]:
+def run(
+    name: str, inputs: int, seed: int, *, seconds: float = float("inf"), progress: bool = False
+) -> tuple[int, int, Finding | None]:
     """Returns how many inputs were tried, how many kinds of answer they drew, and the first finding or None."""
     target: Target = TARGETS[name]()
     mutator = Mutator(target.seeds, seed, text=target.text)
@@ -116,7 +118,8 @@ def main() -> int:
     failed = 0
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for name, done, answers, seconds, finding in pool.imap_unordered(_job, work):
-            print(f"{name}: {done:,} inputs, {answers} kinds of answer, {seconds:.0f} s, {'FINDING' if finding else 'none found'}", flush=True)
+            outcome = "FINDING" if finding else "none found"
+            print(f"{name}: {done:,} inputs, {answers} kinds of answer, {seconds:.0f} s, {outcome}", flush=True)
             if finding is not None:
                 failed = 1
                 place = options.findings / f"fuzz-{finding.target}-{finding.seed}-{finding.number}.bin"

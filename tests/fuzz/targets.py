@@ -1,23 +1,21 @@
 """What is fuzzed: seeds to start from, and a call that answers an input with something hashable or lets an exception escape.
 
-An answer is a short description of what came out: the value's kind, or the exception's class and field. csvfast's own exceptions for
-bad input are answers; anything else that escapes is a finding.
+An answer is a short description of what came out: the value's kind, or the exception's class and field. csvfast's own exceptions
+for bad input are answers; anything else that escapes is a finding.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from pathlib import Path
 
 import csvfast
-from csvfast.attest import claims, verify
+from csvfast.attest import AppraisalPolicy, ChainCache, appraise, claims, verify
 from csvfast.certs.bundle import parse_bundle
-from csvfast.certs.layout import CA_BYTES, CaCertificate, CsvCertificate
+from csvfast.certs.layout import CA_BYTES, CaCertificate, CsvCertificate, KeyUsage
 from csvfast.certs.manufacturing import ManufacturingLine
 from csvfast.crypto import sm2
 from csvfast.errors import CsvfastError, FirmwareError, FirmwareStatus, FormatError, VerificationError
@@ -26,7 +24,9 @@ from csvfast.processor.mailbox import Mailbox
 from csvfast.processor.options import Options
 from csvfast.processor.processor import Processor
 from csvfast.processor.session import SessionBlob, make_session, open_session
+from csvfast.report import evidence_json
 from csvfast.report.build import build_report_v1, build_report_v2, client_report
+from csvfast.report.event_details import EVENT_TYPES, event_claims
 from csvfast.report.event_log import EventLog
 from csvfast.report.evidence import Evidence, read_evidence
 from csvfast.report.layout import Report
@@ -121,20 +121,39 @@ def _pages() -> list[bytes]:
     return [first, second, bytes(client_report(first)), bytes(client_report(second))]
 
 
+class RequestTarget(Target):
+    """Request pages, whole and cut to what is meant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pages = [ReportRequest.build(b"data"), ReportRequest.build(b"x", extended=True)]
+        self.seeds = [pages[0][:112], pages[1][:132], *pages]
+
+    def handle(self, data: bytes) -> Hashable:
+        request = ReportRequest.parse(data)
+        written = request.encode()
+        assert ReportRequest.parse(written) == request
+        assert written[:112] == data[:112]
+        return request.extended, request.hash_is_valid
+
+
 class ReportTarget(Target):
-    """Report pages and request pages."""
+    """Report pages."""
 
     def __init__(self) -> None:
         super().__init__()
         pages = _pages()
-        self.seeds = [*pages, pages[0][:0x9F4], pages[1][:0xD34], ReportRequest.build(b"data"), ReportRequest.build(b"x", extended=True)]
+        self.seeds = [*pages, pages[0][:0x9F4], pages[1][:0xD34]]
 
     def handle(self, data: bytes) -> Hashable:
-        if data[112:120] == b"ATTESTAT" or len(data) < 2000:
-            request = ReportRequest.parse(data)
-            return "request", request.extended, request.hash_is_valid
         report = Report.parse(data)
+        assert report.page()[: len(data)] == data
+        assert report.policy.to_bytes() == report.info[0xB0:0xB4]
+        if report.pek.usage == KeyUsage.PEK:
+            client = client_report(data, report.version)
+            assert client_report(client, report.version) == client
         claims(report)
+        assert len(report.signature) == 64
         return report.version, report.pek_is_masked, report.sealing_key_is_present, report.mac_is_valid(), report.pek.usage
 
 
@@ -155,11 +174,65 @@ class EvidenceTarget(Target):
 
     def handle(self, data: bytes) -> Hashable:
         evidence = read_evidence(data)
+        assert read_evidence(evidence.to_csv_rs()).report.signed_bytes == evidence.report.signed_bytes
         self.tried += 1
         if self.tried % 16:  # signatures cost more than everything else together
             return evidence.encoding, evidence.report.version, evidence.hsk is None, evidence.pek.usage
         verified = verify(evidence, roots=[_line.root])
         return evidence.encoding, verified.complete
+
+
+class VerifyTarget(Target):
+    """Evidence verified with its certificates known and the request's nonce: what verifies says what was signed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = ChainCache()
+        self.policy = AppraisalPolicy(any_measurement=True, policy_required=("es",))
+        self.genuine = set()
+        for page in _pages():
+            evidence = read_evidence(page).with_certificates(_chip.hsk_cek)
+            self.genuine.add((evidence.report.version, evidence.report.info, evidence.report.rtmrs))
+            self.seeds += [evidence.report.page(), evidence.report.emitted, evidence.to_csv_rs()]
+            if evidence.report.version == 1:
+                self.seeds += [evidence.to_rats_tls(), evidence.to_librats()] * 2
+
+    def handle(self, data: bytes) -> Hashable:
+        evidence = read_evidence(data)
+        if evidence.hsk_cek is None:
+            evidence = evidence.with_certificates(_chip.hsk_cek)
+        verified = verify(evidence, roots=[_line.root], mnonce=bytes(range(16)), cache=self.cache)
+        report = verified.report
+        assert (report.version, report.info, report.rtmrs) in self.genuine, "a changed report was verified"
+        assert appraise(verified, self.policy).allowed
+        return evidence.encoding, verified.checks, len(verified.unchecked)
+
+
+class PolicyTarget(Target):
+    """Appraisal policies in TOML and JSON: whatever is read says which measurements it allows."""
+
+    text = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        digest = "ab" * 32
+        document = {
+            "measurements": [digest], "report_versions": [1, 2], "chip_ids": ["SIM1"], "report_data": "00ff", "require_mac": True,
+            "policy": {"required": ["nodbg"], "forbidden": ["csv"], "exact": [69]}, "minimum": {"api": "1.3", "build": 2337},
+            "rtmrs": {"rtmr1": [digest]},
+        }  # fmt: skip
+        toml = f'measurements = ["{digest}"]\nvm_ids = ["{digest[:32]}"]\n'
+        toml += '[policy]\nexact = [0x45]\n[minimum]\nbuild = 2337\napi = "1.3"\n'
+        self.seeds = [json.dumps(document).encode(), toml.encode(), b"any_measurement = true\n", b'{"any_measurement": true}']
+        self.seeds += [f'any_measurement = true\nrtmrs.rtmr{index} = ["{digest}"]\n'.encode() for index in range(5)]
+
+    def handle(self, data: bytes) -> Hashable:
+        try:
+            policy = AppraisalPolicy.parse(data)
+        except FormatError as error:
+            return error.expected  # not the field: unknown members have any name
+        assert policy.any_measurement != bool(policy.measurements)
+        return tuple(policy.to_dict())
 
 
 class EvidenceJsonTarget(Target):
@@ -187,8 +260,25 @@ class EvidenceJsonTarget(Target):
         self.seeds += [whole, b"{}", b"[]", b'{"attestation_report":{"magic":[],"flags":0,"data":[]}}']
 
     def handle(self, data: bytes) -> Hashable:
+        self.compare(data.decode("utf-8", "replace"))
         evidence = read_evidence(data)
         return evidence.encoding, evidence.report.version, evidence.event_log is None
+
+    @staticmethod
+    def compare(text: str) -> None:
+        """What the quick way reads, json reads too, and finds the same numbers. A list in a list is a mark: nobody reads it."""
+
+        def same(quick: object, slow: object) -> bool:
+            if isinstance(quick, dict) and isinstance(slow, dict):
+                return quick.keys() == slow.keys() and all(same(value, slow[name]) for name, value in quick.items())
+            if isinstance(quick, list) and isinstance(slow, list):
+                return len(quick) == len(slow) and all(map(same, quick, slow))
+            if isinstance(slow, list):
+                return list(quick) == slow if isinstance(quick, bytes) else isinstance(quick, str) and quick[0] == "\0"
+            return quick == slow
+
+        quick = evidence_json._load_quickly(text)
+        assert quick is None or same(quick, evidence_json._parse(text, evidence_json._unique))
 
 
 class EventLogTarget(Target):
@@ -202,9 +292,18 @@ class EventLogTarget(Target):
         event = struct.pack("<IIIH", 1, 0x80000008, 1, 0x12) + bytes(range(32)) + struct.pack("<I", 4) + b"data"
         both = struct.pack("<IIIH", 2, 4, 2, 0x0C) + bytes(48) + struct.pack("<H", 0x12) + bytes(32) + struct.pack("<I", 0)
         self.seeds = [first, first + event, first + event + both + event, first + event + b"\xff" * 64, first + both + bytes(64)]
+        node = bytes.fromhex("01010600031f" "02010c00d041030a00000000")
+        image = struct.pack("<QQQQ", 1 << 20, 4096, 0, len(node) + 4) + node + bytes.fromhex("7fff0400")
+        variable = bytes(range(16)) + struct.pack("<QQ", 4, 3) + "Boot".encode("utf-16-le") + b"\x01\x02\x03"
+        payloads = [image, variable, b"\x05text", b".\0a\0b\0\0\0", struct.pack("<II", 1, 4) + b"tag\0", b"kernel_cmdline\0"]
+        for kind in EVENT_TYPES:
+            for data in payloads:
+                head = struct.pack("<IIIH", 1, kind, 1, 0x12) + bytes(32)
+                self.seeds.append(first + head + struct.pack("<I", len(data)) + data)
 
     def handle(self, data: bytes) -> Hashable:
         log = EventLog.parse(data)
+        assert len(event_claims(log)) == len(log.events)
         return len(log.events), tuple(sorted(log.replay()))
 
 
@@ -307,16 +406,12 @@ class MailboxTarget(Target):
         return answers[-1] if answers else None
 
 
-def real_evidence() -> bytes | None:
-    """The evidence of a real chip, where the tests' data folder has it: one more seed."""
-    folder = Path(os.environ.get("CSVFAST_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
-    place = folder / "hygon" / "csv_evidence.json"
-    return place.read_bytes() if place.is_file() else None
-
-
 TARGETS: dict[str, type[Target]] = {
     "certificate": CertificateTarget,
+    "policy": PolicyTarget,
+    "request": RequestTarget,
     "report": ReportTarget,
+    "verify": VerifyTarget,
     "evidence": EvidenceTarget,
     "evidence-json": EvidenceJsonTarget,
     "event-log": EventLogTarget,

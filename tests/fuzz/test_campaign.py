@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import pytest
+
 from fuzz import campaign, targets
 from fuzz.targets import TARGETS, Target
 

@@ -171,8 +171,18 @@ def test_live_migration(secure: Processor, target: Processor, refused: Refused) 
     assert calls(2, [(0x30000, PAGE)])[0] == 0x6B
     refused(S.INVALID_PAGE_STATE, secure.send_encrypt_context, handle)
     target.receive_encrypt_data(arrived, *send(secure, handle, [CALL_B // PAGE]))
+    # Written through one page of the pair, sent as the other: it does not count while the first is writable.
+    shown = next(
+        gpa for gpa in (CALL_A, CALL_B) if secure.csv3_record(secure.guests[handle]).table.entries[gpa // PAGE].present
+    )
+    view.write(shown + 0x800, b"latest")
+    other = CALL_A + CALL_B - shown
+    target.receive_encrypt_data(arrived, *secure.send_encrypt_data(handle, block([other // PAGE]), MIGRATE_PAGES))
+    refused(S.INVALID_PAGE_STATE, secure.send_encrypt_context, handle)
+    target.receive_encrypt_data(arrived, *send(secure, handle, [other // PAGE]))
     finish(secure, handle, target, arrived)
     there = GuestView(target, arrived)
+    assert there.read(shown + 0x800, 6) == b"latest"
     assert there.read(0x5000, 5) == b"later"
     assert there.read(0x6000, 10) == b"a new page"
     calls.guest = there

@@ -1,18 +1,21 @@
 """Random command sequences, right and wrong, against a table of the state machines kept apart from the product.
 
-The table below is written from the specification (4.5 to 4.8), not from csvfast's code: for each command it names every rule the
-arguments break at this moment. A command must succeed exactly when it breaks none, and otherwise answer with the code of one of the
-rules it broke, leaving everything as it was. The same machine drives the Python commands and the mailbox's raw buffers.
+The table below is written from the specification (4.5 to 4.8), not from csvfast's code: for each command it names every rule
+the arguments break at this moment. A command must succeed exactly when it breaks none, and otherwise answer with the code of
+one of the rules it broke, leaving everything as it was. The same machine drives the Python commands and the mailbox's raw
+buffers. Between the commands an attacker who owns the DRAM swaps, flips and replays ciphertext, and guests move to other
+platforms, some of which their policies forbid.
 """
 
 from __future__ import annotations
 
 import random
+import reprlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -20,16 +23,18 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import csvfast
-from csvfast.certs.manufacturing import ManufacturingLine
+from csvfast.certs.manufacturing import ChipIdentity, ManufacturingLine
 from csvfast.errors import CsvfastError, FirmwareError, FirmwareStatus
+from csvfast.processor.mailbox import Mailbox
 from csvfast.processor.options import Options
 from csvfast.processor.processor import Processor
 from csvfast.processor.profile import PROFILE_1_4_2337
-from csvfast.processor.mailbox import Mailbox
 
 S = FirmwareStatus
 LINE = ManufacturingLine.create()
 CHIP = LINE.make_chip()
+OTHER_CHIP = LINE.make_chip()             # same root: a platform guests may move to
+FOREIGN_CHIP = ManufacturingLine.create().make_chip()   # another root: no platform to trust
 MIB = 1 << 20
 MEMORY = 4 * MIB
 TMR = 1 * MIB
@@ -51,9 +56,11 @@ class State(IntEnum):
     LUPDATE = 1
     LSECRET = 2
     RUNNING = 3
+    SUPDATE = 4
+    SENT = 6
 
 
-NODBG, ES = 1, 4
+NODBG, ES, NOSEND, DOMAIN = 1, 4, 8, 16
 
 
 @dataclass
@@ -91,9 +98,9 @@ class PythonDriver:
 class MailboxDriver:
     """The same commands as buffers packed here by hand, from the table of 4.2."""
 
-    IDS = {
+    IDS: ClassVar = {
         "shutdown": 0x02, "factory_reset": 0x03, "platform_status": 0x04, "pek_gen": 0x05, "pdh_gen": 0x09, "df_flush": 0x0A,
-        "decommission": 0x20, "deactivate": 0x22, "launch_finish": 0x35,
+        "decommission": 0x20, "deactivate": 0x22, "launch_finish": 0x35, "send_finish": 0x43, "send_cancel": 0x44,
     }  # fmt: skip
 
     def __init__(self, processor: Processor, memory: csvfast.EncryptedMemory) -> None:
@@ -149,6 +156,20 @@ class MailboxDriver:
         self.send(0x33, struct.pack("<IIQI", handle, 0, BUFFERS + 0x1000, 48))
         return bytes(self.memory.read(BUFFERS + 0x1000, 48, 0))
 
+    def send_start(self, handle: int, pdh: bytes, platform: bytes, vendor: bytes) -> tuple[int, bytes]:
+        at = BUFFERS + 0x1000
+        self.memory.write(at, pdh, 0)
+        self.memory.write(at + 0x1000, platform, 0)
+        self.memory.write(at + 0x3000, vendor, 0)
+        head = struct.pack("<IIQIIQIIQI", handle, 0, at, len(pdh), 0, at + 0x1000, len(platform), 0, at + 0x3000, len(vendor))
+        answer = self.send(0x40, head + struct.pack("<IQI", 0, at + 0x4000, 772))
+        return int.from_bytes(answer[4:8], "little"), bytes(self.memory.read(at + 0x4000, 772, 0))
+
+    def send_update_data(self, handle: int, address: int, length: int) -> tuple[bytes, bytes]:
+        at = BUFFERS + 0x1000
+        self.send(0x41, struct.pack("<IIQIIQIIQI", handle, 0, at, 52, 0, address, length, 0, at + 0x1000, length))
+        return bytes(self.memory.read(at, 52, 0)), bytes(self.memory.read(at + 0x1000, length, 0))
+
     def attestation_host(self, handle: int, mnonce: bytes) -> bytes:
         self.send(0x36, struct.pack("<IIQ16sI", handle, 0, BUFFERS + 0x1000, mnonce, 208))
         return bytes(self.memory.read(BUFFERS + 0x1000, 208, 0))
@@ -171,7 +192,8 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.memory = csvfast.EncryptedMemory(MEMORY, asid_max=ASID_MAX)
-        self.processor = Processor(CHIP, self.memory, profile=PROFILE_1_4_2337, options=Options(cores=CORES, min_csv_asid=MIN_CSV_ASID))
+        options = Options(cores=CORES, min_csv_asid=MIN_CSV_ASID)
+        self.processor = Processor(CHIP, self.memory, profile=PROFILE_1_4_2337, options=options)
         self.driver = type(self).make_driver(self.processor, self.memory)
         self.platform = Platform.UNINIT
         self.es = False
@@ -180,6 +202,8 @@ class Machine(RuleBasedStateMachine):
         self.dirty: dict[int, set[int]] = {}     # ASID -> cores whose caches may still hold its lines
         self.needs_flush: set[int] = set()       # ASIDs that DF_FLUSH has not given back yet
         self.next_page = 0
+        # number of the page -> its ciphertext at some moment, and whose plaintext it was
+        self.recorded: dict[int, tuple[bytes, dict[int, bytes]]] = {}
 
     def teardown(self) -> None:
         if hasattr(self, "memory"):
@@ -193,12 +217,13 @@ class Machine(RuleBasedStateMachine):
         try:
             answer = self.driver.call(name, *arguments, **named)
         except Broken as refusal:
-            assert refusal.status in broken | either, f"{name}{arguments}: {refusal.status.name}, rules broken: {broken or 'none'}"
-            assert self.snapshot() == before, f"{name}{arguments} was refused and changed something"
-            return None
-        assert not broken, f"{name}{arguments} succeeded although {sorted(broken)} should refuse it"
-        return True if answer is None or answer == b"" else answer
-
+            status = refusal.status
+        else:
+            assert not broken, f"{name}{reprlib.repr(arguments)} succeeded although {sorted(broken)} should refuse it"
+            return True if answer is None or answer == b"" else answer
+        assert status in broken | either, f"{name}{reprlib.repr(arguments)}: {status.name}, rules broken: {broken or 'none'}"
+        assert self.snapshot() == before, f"{name}{reprlib.repr(arguments)} was refused and changed something"
+        return None
     def snapshot(self) -> object:
         """All that a refused command must leave alone, as far as it can be seen from outside."""
         guests = [
@@ -295,7 +320,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.guests) < 4)
     @rule(
-        policy=st.sampled_from([0, NODBG, NODBG | ES, ES, NODBG | 2 << 16, NODBG | 1 << 16 | 4 << 24, NODBG | 1 << 16 | 5 << 24]),
+        policy=st.sampled_from([0, NODBG, NODBG | ES, ES, NOSEND, DOMAIN, NODBG | 2 << 16, 1 << 16 | 4 << 24, 1 << 16 | 5 << 24]),
         wrong_handle=st.sampled_from([0, 0, 0, BAD_HANDLE]),
     )
     def launch_start(self, policy: int, wrong_handle: int) -> None:
@@ -328,6 +353,8 @@ class Machine(RuleBasedStateMachine):
         guest = self.guests.get(handle)
         if guest is not None and guest.asid is not None:
             broken |= {S.ACTIVE}
+        if guest is not None and guest.state is State.SENT:  # only DEACTIVATE and DECOMMISSION are left
+            broken |= {S.INVALID_GUEST_STATE}
         either: set[S] = set()
         if guest is not None and 1 <= asid <= ASID_MAX:
             csv2 = bool(guest.policy & ES)
@@ -375,7 +402,11 @@ class Machine(RuleBasedStateMachine):
                 answer.policy if isinstance(answer.policy, int) else answer.policy.value, answer.asid or 0, int(answer.state))
             assert (int(seen[0]), int(seen[1]), int(seen[2])) == (guest.policy, guest.asid or 0, int(guest.state))
 
-    @rule(choice=st.integers(0, 9), offset=st.sampled_from([0, 0, 0, 0, 8, 16]), length=st.sampled_from([4096, 4096, 64, 16, 40, 0]))
+    @rule(
+        choice=st.integers(0, 9),
+        offset=st.sampled_from([0, 0, 0, 0, 8, 16]),
+        length=st.sampled_from([4096, 4096, 64, 16, 40, 0]),
+    )
     def launch_update_data(self, choice: int, offset: int, length: int) -> None:
         handle = self.some_handle(choice)
         guest = self.guests.get(handle)
@@ -437,7 +468,8 @@ class Machine(RuleBasedStateMachine):
     def attestation(self, choice: int) -> None:
         handle = self.some_handle(choice)
         either = self.active_rule(handle)
-        report = self.expect(self.guest_rules(handle, State.LSECRET, State.RUNNING), "attestation_host", handle, bytes(16), either=either)
+        broken = self.guest_rules(handle, State.LSECRET, State.RUNNING)
+        report = self.expect(broken, "attestation_host", handle, bytes(16), either=either)
         if report is not None:
             guest = self.guests[handle]
             assert len(report) == 208
@@ -478,6 +510,108 @@ class Machine(RuleBasedStateMachine):
             if source in guest.pages:
                 guest.pages[destination] = guest.pages[source]
 
+    # ---- The attacker, who owns the DRAM
+
+    @rule(page=st.integers(0, 15))
+    def record(self, page: int) -> None:
+        content = {handle: guest.pages[page] for handle, guest in self.guests.items() if page in guest.pages}
+        self.recorded[page] = bytes(self.memory.read(DATA + page * 4096, 4096, 0)), content
+
+    @rule(page=st.integers(0, 15), line=st.integers(0, 63))
+    def replay(self, page: int, line: int) -> None:
+        """Old ciphertext of the same key in the same place is old plaintext again: no freshness, as on the hardware."""
+        if page not in self.recorded:
+            return
+        ciphertext, content = self.recorded[page]
+        if line % 2:
+            self.memory.write(DATA + page * 4096, ciphertext, 0)
+            for handle, guest in self.guests.items():
+                guest.pages.pop(page, None)
+                if handle in content:
+                    guest.pages[page] = content[handle]
+        else:
+            self.memory.write(DATA + page * 4096 + line * 64, ciphertext[line * 64 : line * 64 + 64], 0)
+            for handle, guest in self.guests.items():
+                if page in guest.pages and guest.pages[page] != content.get(handle):
+                    del guest.pages[page]
+
+    @rule(first=st.integers(0, 15), second=st.integers(0, 15))
+    def swap(self, first: int, second: int) -> None:
+        if first == second:
+            return
+        one, two = (bytes(self.memory.read(DATA + page * 4096, 4096, 0)) for page in (first, second))
+        self.memory.write(DATA + first * 4096, two, 0)
+        self.memory.write(DATA + second * 4096, one, 0)
+        for guest in self.guests.values():
+            lost = {guest.pages.pop(page, None) for page in (first, second)} - {None}
+            if guest.asid is not None and one != two:
+                for page in (first, second):
+                    assert self.memory.read(DATA + page * 4096, 4096, guest.asid) not in lost
+
+    @rule(page=st.integers(0, 15), bit=st.integers(0, 8 * 4096 - 1))
+    def flip(self, page: int, bit: int) -> None:
+        address = DATA + page * 4096 + bit // 8
+        self.memory.write(address, bytes([self.memory.read(address, 1, 0)[0] ^ 1 << bit % 8]), 0)
+        for guest in self.guests.values():
+            plain = guest.pages.pop(page, None)
+            if plain is not None and guest.asid is not None:
+                block = bit // 128 * 16
+                seen = self.memory.read(DATA + page * 4096, 4096, guest.asid)
+                assert seen[block : block + 16] != plain[block : block + 16]
+                assert seen[:block] + seen[block + 16 :] == plain[:block] + plain[block + 16 :]
+
+    # ---- Moving to another platform
+
+    @rule(choice=st.integers(0, 9), chip=st.sampled_from([OTHER_CHIP, OTHER_CHIP, FOREIGN_CHIP]), finish=st.booleans())
+    def migrate(self, choice: int, chip: ChipIdentity, finish: bool) -> None:
+        handle = self.some_handle(choice)
+        guest = self.guests.get(handle)
+        if guest is not None and guest.asid is None:
+            return  # whether SEND_START itself needs the key in place is left open; the data commands after it do
+        broken = self.guest_rules(handle, State.RUNNING)
+        if guest is not None and guest.policy & NOSEND:
+            broken |= {S.POLICY_FAILURE}
+        if guest is not None and guest.policy & DOMAIN:  # the target owns itself: it is in nobody's domain but its own
+            broken |= {S.POLICY_FAILURE, S.INVALID_CERTIFICATE}
+        if chip is FOREIGN_CHIP:
+            broken |= {S.INVALID_CERTIFICATE}
+        with csvfast.EncryptedMemory(MEMORY, asid_max=ASID_MAX) as memory:
+            target = Processor(chip, memory, profile=PROFILE_1_4_2337)
+            target.init(es=True, tmr_address=TMR, tmr_length=MIB)
+            pdh, platform = target.pdh_cert_export()
+            vendor = chip.hsk.encoded + chip.root.encoded
+            answer = self.expect(broken, "send_start", handle, pdh, platform, vendor)
+            if answer is None:
+                return
+            assert guest is not None
+            guest.state = State.SUPDATE
+            policy, session = answer
+            source_pdh, source_platform = self.processor.pdh_cert_export()
+            arrived = target.receive_start(policy, source_pdh + source_platform + CHIP.hsk.encoded + CHIP.root.encoded, session)
+            target.activate(arrived, ASID_MAX)
+            pages = sorted(guest.pages.items())
+            for number, plain in pages:
+                address = DATA + number * 4096
+                header, transport = self.expect(set(), "send_update_data", handle, address, 4096)
+                assert plain[:16] not in transport
+                wrong = bytes(header[:20]) + bytes([header[20] ^ 1]) + bytes(header[21:])
+                with pytest.raises(FirmwareError, match="BAD_MEASUREMENT"):
+                    target.receive_update_data(arrived, wrong, address, 4096, transport)
+                target.receive_update_data(arrived, header, address, 4096, transport)
+            # A guest that travels does not run, is not debugged, copied, measured or attested.
+            for name, arguments in (
+                ("dbg_decrypt", (handle, DATA, BUFFERS, 16)), ("copy", (handle, DATA, DATA + 4096, 16)),
+                ("launch_finish", (handle,)), ("attestation_host", (handle, bytes(16))),
+            ):  # fmt: skip
+                self.expect({S.INVALID_GUEST_STATE, S.POLICY_FAILURE}, name, *arguments)
+            self.expect(set(), "send_finish" if finish else "send_cancel", handle)
+            guest.state = State.SENT if finish else State.RUNNING
+            target.receive_finish(arrived)
+            for number, plain in pages:
+                assert memory.read(DATA + number * 4096, 4096, ASID_MAX) == plain
+                assert memory.read(DATA + number * 4096, 16, 0) != plain[:16]
+            assert target.guests[arrived].measure == csvfast.sm3(guest.measured).digest()
+
     # ---- The way forward: random calls alone seldom get a guest to its end
 
     @precondition(lambda self: self.platform is Platform.UNINIT)
@@ -496,7 +630,7 @@ class Machine(RuleBasedStateMachine):
         handles = sorted(self.guests)
         number = choice % len(handles)
         guest = self.guests[handles[number]]
-        if guest.asid is None and leave and guest.state is State.RUNNING:
+        if guest.asid is None and ((leave and guest.state is State.RUNNING) or guest.state is State.SENT):
             self.decommission(number)
         elif guest.asid is None:
             self.activate(number, asid)
@@ -558,24 +692,36 @@ class TestMailbox(MailboxMachine.TestCase):  # type: ignore[misc, name-defined]
 def walk(machine: Machine, seed: int, steps: int) -> None:
     """The same rules in a long random sequence: hypothesis finds short ones and makes them shorter, this one goes deep."""
     rng = random.Random(seed)
-    policies = [0, NODBG, NODBG | ES, ES, NODBG | 2 << 16, NODBG | 1 << 16 | 5 << 24]
+    policies = [0, NODBG, NODBG | ES, ES, NOSEND, DOMAIN, NODBG | 2 << 16, NODBG | 1 << 16 | 5 << 24]
     moves: list[tuple[int, Callable[[], object]]] = [
-        (1, machine.shutdown), (1, machine.factory_reset), (2, machine.platform_status), (3, machine.df_flush), (2, machine.flush_all),
+        (1, machine.shutdown),
+        (1, machine.factory_reset),
+        (2, machine.platform_status),
+        (3, machine.df_flush),
+        (2, machine.flush_all),
         (1, lambda: machine.init(rng.random() < 0.8)),
-        (3, lambda: machine.certificates(rng.choice(["pek_gen", "pdh_gen", "pek_csr", "pdh_cert_export", "platform_status"]))),
+        (3, lambda: machine.certificates(rng.choice(["pek_gen", "pdh_gen", "pek_csr", "pdh_cert_export"]))),
         (3, lambda: machine.wbinvd(rng.randrange(CORES))),
         (4, lambda: len(machine.guests) < 4 and machine.launch_start(rng.choice(policies), rng.choice([0, 0, 0, BAD_HANDLE]))),
-        (8, lambda: machine.activate(rng.randrange(10), rng.randrange(ASID_MAX + 2))), (5, lambda: machine.deactivate(rng.randrange(10))),
-        (3, lambda: machine.decommission(rng.randrange(10))), (3, lambda: machine.guest_status(rng.randrange(10))),
-        (8, lambda: machine.launch_update_data(rng.randrange(10), rng.choice([0, 0, 0, 8, 16]), rng.choice([4096, 4096, 64, 40, 0]))),
+        (8, lambda: machine.activate(rng.randrange(10), rng.randrange(ASID_MAX + 2))),
+        (5, lambda: machine.deactivate(rng.randrange(10))),
+        (3, lambda: machine.decommission(rng.randrange(10))),
+        (3, lambda: machine.guest_status(rng.randrange(10))),
+        (8, lambda: machine.launch_update_data(rng.randrange(10), rng.choice([0, 0, 0, 8]), rng.choice([4096, 4096, 64, 40]))),
         (4, lambda: machine.launch_update_vmsa(rng.randrange(10), rng.choice([4096, 4096, 2048]))),
-        (5, lambda: machine.launch_measure(rng.randrange(10))), (5, lambda: machine.launch_finish(rng.randrange(10))),
+        (5, lambda: machine.launch_measure(rng.randrange(10))),
+        (5, lambda: machine.launch_finish(rng.randrange(10))),
         (4, lambda: machine.attestation(rng.randrange(10))),
         (5, lambda: machine.debug(rng.randrange(10), rng.randrange(16), rng.choice([4096, 16, 24]))),
         (5, lambda: machine.copy(rng.randrange(10), rng.randrange(16), rng.randrange(16))),
+        (3, lambda: machine.record(rng.randrange(16))),
+        (3, lambda: machine.replay(rng.randrange(16), rng.randrange(64))),
+        (2, lambda: machine.swap(rng.randrange(16), rng.randrange(16))),
+        (2, lambda: machine.flip(rng.randrange(16), rng.randrange(8 * 4096))),
+        (4, lambda: machine.migrate(rng.randrange(10), rng.choice([OTHER_CHIP, FOREIGN_CHIP]), rng.random() < 0.5)),
         (20, lambda: machine.guests and machine.advance(rng.randrange(4), rng.random() < 0.3, rng.randint(1, ASID_MAX))),
         (6, lambda: machine.platform is Platform.UNINIT and machine.wake_up()),
-    ]  # fmt: skip
+    ]
     weights = [weight for weight, _move in moves]
     machine.start()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -464,6 +465,22 @@ def test_client_against_a_bad_server(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(FileNotFoundError):
         RemoteMachine(path)
+
+
+def test_a_client_in_c(served: Served, tmp_path: Path) -> None:
+    """The protocol from its documentation, without csvfast's code: map the DRAM, PLATFORM_STATUS, an unknown command."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = Path(__file__).with_name("client.c")
+    subprocess.run([compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "client", source], check=True)
+    done = subprocess.run([tmp_path / "client", served.path], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"memory {SIZE} bytes, 2 cores, 8 ASIDs",
+        "API 1.4, build 2337, state 0",
+        "command 0x7ff: status 0x11, no command has id 0x7ff",
+    ]
 
 
 # ---- The process ----------------------------------------------------------------------------------------------------

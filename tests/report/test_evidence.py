@@ -15,8 +15,8 @@ from attest.simulated_evidence import Platform
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csvfast.errors import ArgumentError, FormatError
-from csvfast.report import EXTENDED_MAGIC, Evidence, Report, read_evidence
+from csvfast.errors import ArgumentError, BufferTypeError, FormatError
+from csvfast.report import EXTENDED_MAGIC, Evidence, Report, evidence_json, read_evidence
 from csvfast.report.evidence import EVIDENCE_LIMIT
 
 PLATFORM = Platform()
@@ -147,6 +147,12 @@ def test_fields_of_another_length() -> None:
     for name in ("hsk_cek", "pek_beside", "serial_beside"):
         with pytest.raises(FormatError):
             Evidence(report, **{name: b"short"})
+    with pytest.raises(FormatError):
+        Evidence(report, magic=bytes(15))
+    copied = Evidence(report, hsk_cek=bytearray(PLATFORM.hsk_cek), serial_beside=memoryview(report.serial_number))
+    assert (type(copied.hsk_cek), type(copied.serial_beside)) == (bytes, bytes)
+    with pytest.raises(BufferTypeError):
+        Evidence(report, event_log="text")  # type: ignore[arg-type]
 
 
 # JSON, hardened.
@@ -211,6 +217,13 @@ def change(path: str, value: Any) -> bytes:
         ("cc_eventlog", 7),
         ("cc_eventlog", "not base64!"),
         ("cc_eventlog", "YQ=\n="),
+        ("cc_eventlog", "YR=="),  # bits beyond the last byte
+        ("cc_eventlog", "YWFh=="),  # padding beyond it
+        ("cc_eventlog", "YWE"),
+        ("cc_eventlog", "YW_-"),
+        ("attestation_report.flags", [0]),
+        ("cc_eventlog", [1, 2]),
+        ("cert_chain.pek.sigs", [1, 2]),
     ],
 )
 def test_json_refusals(path: str, value: Any) -> None:
@@ -248,6 +261,68 @@ def test_json_syntax(old: str, new: str, reason: str) -> None:
     assert text.count(old) == 1
     with pytest.raises(FormatError, match=reason):
         read_evidence(text.replace(old, new).encode())
+
+
+LISTS = [
+    *("0", "255", "256", "007", "00", "1 2", "1, 2", "1,2 ", " 1", "1,,2", ",1", "1,", "-0", "-1", "1.0", "1e2"),
+    *("true", "null", '"1"', "[1]", "1,\n2", "\t1", "9" * 5000, "z", "", " ", ","),
+    *("0," * 15 + "0", "0," * 16 + "0", "0," * 17 + "0", "0," * 16 + "05", "1" + ",0" * 16 + "7", "1" + ",0" * 16 + "z"),
+    *("10" + ",0" * 40 + ",9", ",".join(map(str, range(256))), ",".join(map(str, range(257)))),
+]
+PLACES = [
+    *('{"a":[%s]}', '{"a":{"b":[%s],"c":[[%s]]}}', '{"a":"x","b":"[%s]"}', '{"a":[%s],"a":[%s]}'),
+    '{"a":"\\\\","b":[%s]}',
+]
+
+
+@pytest.mark.parametrize("content", LISTS)
+@pytest.mark.parametrize("around", PLACES)
+def test_both_ways_of_reading_lists_agree(content: str, around: str) -> None:
+    """The quick way takes what is right, byte for byte, and nothing else."""
+    text = around.replace("%s", content)
+
+    def lists(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: lists(member) for name, member in value.items()}
+        return list(value) if isinstance(value, bytes) else value
+
+    quick = evidence_json._load_quickly(text)
+    try:
+        slow = evidence_json._parse(text, evidence_json._unique)
+    except FormatError:
+        assert quick is None
+    else:
+        if quick is not None and "[[" not in text:  # a list in a list is nobody's member: refused by whoever reads it
+            assert lists(quick) == slow
+
+
+def test_the_quick_way_is_taken() -> None:
+    for text in (full().to_json().decode(), json.dumps(document())):
+        quick = evidence_json._load_quickly(text)
+        assert type(quick["attestation_report"]["data"]) is bytes
+        assert type(quick["serial_number"]) is bytes
+    assert evidence_json._load_quickly(full().to_json().decode().replace('"flags"', '"fl\\u0061gs"')) is None
+
+
+def test_a_string_cannot_stand_for_a_list() -> None:
+    """Strings that look like the quick way's own marks, or hold lists, are strings."""
+    text = full().to_json().decode()
+    serial = json.dumps(list(full().report.serial_number), separators=(",", ":"))
+    assert text.count(serial) == 1
+    for mark in ('"\\u00000"', '"\0000"', '"\0"', '"[0]"', '"\\u0000"', '"z"'):
+        with pytest.raises(FormatError):
+            read_evidence(text.replace(serial, mark).encode())
+    for extra in ('"x":"[1,2]",', '"x[1]":1,"x[2]":2,', '"x":"\\u00000",', '"x":"\\"[1,2]",'):
+        assert read_evidence(text.replace("{", "{" + extra, 1).encode()).to_json().decode() == text
+    with pytest.raises(FormatError, match="twice"):
+        read_evidence(text.replace("{", '{"x[1]":1,"x[1]":2,', 1).encode())
+
+
+def test_escaped_names_and_spaces_are_read() -> None:
+    text = full().to_json().decode()
+    read = json.loads(text)
+    for other in (text.replace('"data"', '"d\\u0061ta"'), json.dumps(read), json.dumps(read, indent=1)):
+        assert read_evidence(other.encode()).to_json().decode() == text
 
 
 def test_json_text() -> None:

@@ -148,6 +148,15 @@ def test_lengths(length: int) -> None:
         Report.parse(bytes(length))
 
 
+@pytest.mark.parametrize("build", [0x1002, 0x1003, 0, 0xFFFFFFFF])
+@pytest.mark.parametrize("fourth", [bytes(32), bytes(8) + b"\x02\x10\0\0" + bytes(20)])
+def test_a_page_of_v2_whose_words_look_like_a_v1_pek(platform: Platform, build: int, fourth: bytes) -> None:
+    """Where V1 has PEK usage and mask, V2 has rtmr4 and build: zero and 0x1002 are not a masked PEK."""
+    page = platform.page_v2(build=build, rtmrs=[*RTMRS[:4], fourth])
+    for one in (page, client_report(page, 2)):
+        assert (Report.parse(one).version, Report.parse(one).build) == (2, build)
+
+
 def test_length_against_version(platform: Platform) -> None:
     page = platform.page_v1()
     for data, version in ((page[:2548], 2), (platform.page_v2()[:3380], 1)):

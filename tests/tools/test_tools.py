@@ -77,3 +77,20 @@ def test_demo_on_small_images() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every check held" in done.stdout
     assert "found: block 1023" in done.stdout
+    assert "Hygon's root, the default, refuses it" in done.stdout
+
+
+def test_demo_guest_without_real_boot_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a machine has no OVMF the demo makes firmware of its own, and all of its checks hold."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import demo_guest
+    from rich.console import Console
+
+    monkeypatch.setenv("CSVFAST_BOOT_FILES", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(demo_guest, "FIRMWARE_PLACES", ())
+    with (tmp_path / "shown").open("w", encoding="utf-8") as shown:
+        assert demo_guest.run_guest_demo(Console(file=shown, width=120), tmp_path / "work")
+    text = (tmp_path / "shown").read_text(encoding="utf-8")
+    assert "generated firmware, 4 MiB" in text
+    assert text.count("holds") == 6
+    assert "FAILS" not in text
