@@ -4,8 +4,8 @@ usage: demo.py [--megabytes N] [--keep DIRECTORY]
 
 Makes an image of real files found under /usr and /lib and a generated one, measures them three ways and checks the digests
 against OpenSSL and veritysetup where those are there; lets two guests write memory and looks at it as the host; makes a chip,
-launches a guest of real boot files on it and has its report verified (demo_guest.py); measures the kernels. Everything temporary is
-removed. Exit code 0 when every check held.
+launches a guest of real boot files on it and has its report verified (demo_guest.py); measures the kernels. Everything temporary
+is removed. Exit code 0 when every check held.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from csvfast.measure import measure_image
 from csvfast.measure.verity import format_verity, verify_verity
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo_guest import run_guest_demo  # noqa: E402  (python -P leaves the script's directory out)
+from demo_guest import run_guest_demo  # python -P leaves the script's directory out
 
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 CHUNK = 4 << 20

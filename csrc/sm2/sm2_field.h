@@ -9,7 +9,7 @@
 
 /* l3:l2:l1:l0 = (l3:l2:l1:l0 + (m1:m0) p) / 2^128 for m1:m0 = l1:l0 (1 + 2^64 - 2^96) mod 2^128. With w2:w1:w0 = 2^32 m1:m0 that is
  * m1:m0:l3:l2 + (0, 0, 0, m1) - (w2, w1, w0 + w2, w1) + the carry of l1 + m0 - w0, most significant first; w0 + w2 has no carry, since w0 ends and
- * w2 begins with 32 zero bits. At most p, so four limbs stay four. */
+ * w2 begins with 32 zero bits. Below p + 2^128 < 2^256, so four limbs stay four; twice gives p at most. */
 static inline void field_reduce_two(uint64_t *l0, uint64_t *l1, uint64_t *l2, uint64_t *l3)
 {
     const uint64_t m0 = *l0, w0 = m0 << 32;

@@ -107,8 +107,8 @@ static TEST_UNUSED ref_number ref_invert(ref_number a, ref_number m)
 #define S_(a, b) ref_plus(a, ref_negate(b, REF_P), REF_P)
 static TEST_UNUSED ref_point ref_add(ref_point p, ref_point q)
 {
-    const ref_number a = ref_minus(REF_P, ref_small(3)), b = ref_hex("28e9fa9e9d9f5e344d5a9e4bcf6509a7f39789f515ab8f92ddbcbd414d940e93");
-    const ref_number b3 = M_(b, ref_small(3));
+    static const ref_number a = {{0xfffffffffffffffc, 0xffffffff00000000, 0xffffffffffffffff, 0xfffffffeffffffff}};
+    static const ref_number b3 = {{0x993637c3e8bc2bb9, 0xdac69ddf4102aeb8, 0xe80fdae36e2f1cf7, 0x7abdefdbd8de1a9c}};     /* 3 b */
     ref_number t0 = M_(p.x, q.x), t1 = M_(p.y, q.y), t2 = M_(p.z, q.z);
     const ref_number t3 = S_(M_(A_(p.x, p.y), A_(q.x, q.y)), A_(t0, t1));
     const ref_number t4 = S_(M_(A_(p.x, p.z), A_(q.x, q.z)), A_(t0, t2));

@@ -40,11 +40,15 @@ static csvf_sm2_public public_of(const csvf_sm2_private *key)
 
 static ref_number random_private(uint64_t *state) { return ref_minus(ref_random(state), ref_small(1)); }     /* 0 with no chance */
 
-/* Both ways of verification must say the same. */
+/* The ways of verification must say the same. */
 static int verify(const csvf_sm2_public *key, const csvf_sm2_table *table, const uint8_t signature[64], const uint8_t digest[32])
 {
     const int status = csvf_sm2_verify_digest_var(key, NULL, signature, digest);
     CHECK_STATUS(csvf_sm2_verify_digest_var(key, table, signature, digest), status);
+    const csvf_sm2_check checks[2] = {{key, table, signature, digest}, {key, table, signature, digest}};
+    uint8_t valid[2];
+    CHECK_STATUS(csvf_sm2_verify_many_var(valid, checks, 2), CSVF_OK);
+    CHECK(valid[0] == (status == CSVF_OK) && valid[1] == valid[0]);
     return status;
 }
 
@@ -166,6 +170,89 @@ static void x_above_n(void)
     }
 }
 
+/* The digest for which s G + (r + s) P, P = k G, has the right x: whatever is refused after that is refused for its form alone. */
+static void digest_for(uint8_t digest[32], ref_number r, ref_number s, ref_number k)
+{
+    csvf_sm2_affine sum;
+    uint8_t bytes[64];
+    const ref_number whole = ref_multiply_add(ref_plus(r, s, REF_N), k, s, REF_N);
+    csvf__sm2()->multiply_base(&sum, whole.v);
+    csvf__sm2_point_bytes(bytes, &sum);
+    ref_to_bytes(digest, ref_plus(r, ref_negate(ref_plus(ref_from_bytes(bytes), ref_small(0), REF_N), REF_N), REF_N));
+}
+
+/* 0 for r or s, r + n and s + n for small ones, r + s = n, where everything else is right; and each of these numbers where it is good. */
+static void equation_holds(void)
+{
+    uint64_t state = 55;
+    uint8_t digest[32], signature[64];
+    const ref_number k = random_private(&state), any = ref_random(&state);
+    const ref_number numbers[] = {ref_small(0), ref_small(1), ref_small(5), any, ref_minus(REF_N, any), ref_minus(REF_N, ref_small(1))};
+    enum { NUMBERS = sizeof numbers / sizeof *numbers };
+    const csvf_sm2_private key = private_from(k);
+    const csvf_sm2_public point = public_of(&key);
+    csvf_sm2_table *table;
+    CHECK_STATUS(csvf_sm2_table_create(&table, &point), CSVF_OK);
+    unsigned good = 0;
+    for (int i = 0; i < NUMBERS; i++)
+        for (int j = 0; j < NUMBERS; j++)
+            for (int form = 0; form < 4; form++) {
+                ref_number r = numbers[i], s = numbers[j];
+                const int is_good = form == 0 && i > 0 && j > 0 && ref_compare(ref_plus(r, s, REF_N), ref_small(0));
+                if ((form & 1 && i > 2) || (form & 2 && j > 2))
+                    continue;     /* does not fit 256 bits */
+                digest_for(digest, r, s, k);
+                if (form & 1)
+                    r = ref_minus(r, ref_minus(ref_small(0), REF_N));
+                if (form & 2)
+                    s = ref_minus(s, ref_minus(ref_small(0), REF_N));
+                ref_to_bytes(signature, r);
+                ref_to_bytes(signature + 32, s);
+                test_case("r %d, s %d, form %d", i, j, form);
+                CHECK_STATUS(verify(&point, table, signature, digest), is_good ? CSVF_OK : CSVF_ERR_AUTHENTICATION);
+                good += (unsigned)is_good;
+                /* x + p - n and x + 2^256 - n are not x, though n more than each of them is, modulo p or 256 bits */
+                const ref_number moduli[] = {REF_P, ref_small(0)};
+                for (int m = 0; m < 2 && is_good; m++) {
+                    const ref_number less = ref_minus(moduli[m], REF_N), e = ref_from_bytes(digest);
+                    ref_to_bytes(digest, ref_plus(e, ref_negate(less, REF_N), REF_N));
+                    CHECK_STATUS(verify(&point, table, signature, digest), CSVF_ERR_AUTHENTICATION);
+                    ref_to_bytes(digest, e);
+                }
+            }
+    CHECK(good == 21);
+    csvf_sm2_table_destroy(table);
+}
+
+/* e of n and more, up to 2^256 - 1, under an r so small that r - e + n would still be negative: chance meets this once in 2^32. P is made
+ * as in x_above_n. */
+static void large_digests(void)
+{
+    uint64_t state = 57;
+    const ref_number ones = ref_minus(ref_small(0), ref_small(1)), e = ref_plus(ones, ref_small(0), REF_N);
+    uint8_t digest[32], coded[33] = {2}, encoded[64], signature[64];
+    unsigned found = 0;
+    ref_to_bytes(digest, ones);
+    for (uint64_t small = 1; found < 3; small++) {
+        csvf_sm2_public q, key;
+        csvf_sm2_table *table;
+        const ref_number r = ref_small(small), s = ref_random(&state), t = ref_plus(r, s, REF_N);
+        ref_to_bytes(coded + 1, ref_plus(r, ref_negate(e, REF_N), REF_N));     /* x = r - e */
+        if (csvf_sm2_public_init(&q, coded, 33) != CSVF_OK)
+            continue;
+        found++;
+        csvf_sm2_public_bytes(encoded, &q);
+        const ref_point difference = ref_add(ref_from_point(encoded), ref_times(ref_minus(REF_N, s), ref_base()));
+        ref_bytes(encoded, ref_times(ref_invert(t, REF_N), difference));
+        CHECK_STATUS(csvf_sm2_public_init(&key, encoded, 64), CSVF_OK);
+        CHECK_STATUS(csvf_sm2_table_create(&table, &key), CSVF_OK);
+        ref_to_bytes(signature, r);
+        ref_to_bytes(signature + 32, s);
+        CHECK_STATUS(verify(&key, table, signature, digest), CSVF_OK);
+        csvf_sm2_table_destroy(table);
+    }
+}
+
 static void nonces(void)
 {
     uint64_t state = 61;
@@ -246,6 +333,8 @@ static void test_signatures(void)
     with_kernels(round_trips);
     with_kernels(out_of_range);
     with_kernels(x_above_n);
+    with_kernels(equation_holds);
+    with_kernels(large_digests);
     with_kernels(nonces);
 }
 
@@ -453,6 +542,19 @@ static void test_arguments(void)
     CHECK_STATUS(csvf_sm2_table_create(&table, NULL), CSVF_ERR_ARGUMENT);
     CHECK(table == NULL);
     csvf_sm2_table_destroy(NULL);
+    /* The table of -P has the same x: another key's table all the same. */
+    uint8_t d[32], valid = 7;
+    csvf_sm2_private_bytes(d, &key);
+    const csvf_sm2_private opposite = private_from(ref_minus(REF_N, ref_from_bytes(d)));
+    const csvf_sm2_public opposite_point = public_of(&opposite);
+    CHECK_STATUS(csvf_sm2_table_create(&table, &opposite_point), CSVF_OK);
+    CHECK_STATUS(csvf_sm2_sign_digest(out, &opposite, digest), CSVF_OK);
+    CHECK_STATUS(csvf_sm2_verify_digest_var(&opposite_point, table, out, digest), CSVF_OK);
+    CHECK_STATUS(csvf_sm2_verify_digest_var(&point, table, out, digest), CSVF_ERR_ARGUMENT);
+    const csvf_sm2_check check = {&point, table, out, digest};
+    CHECK_STATUS(csvf_sm2_verify_many_var(&valid, &check, 1), CSVF_ERR_ARGUMENT);
+    CHECK(valid == 0);
+    csvf_sm2_table_destroy(table);
     CHECK(csvf_sm2_table_bytes() >= CSVF_SM2_KEY_WINDOWS * CSVF_SM2_KEY_ENTRIES * 64u);
 }
 

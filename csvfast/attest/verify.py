@@ -16,9 +16,9 @@ Steps, in order, and the names a VerificationError carries:
 The MAC covers the PEK, the chip id and the sealing key's field. Clients zero that field before the report leaves the guest, and
 then the MAC cannot be recomputed: this is listed under `unchecked`, not refused. A report exactly as the firmware emitted it (raw
 or page, still masked) has had nothing removed, so there the MAC must be right even over a zero field. Its key is the report's own
-mnonce, which anybody can read: without the caller's mnonce it detects damage, not forgery. The chip id is under the MAC alone, and
-whoever asked for the report can make that MAC: which chip it was is told by its CEK, which the chain binds. Only when HSK and CEK were
-found in `store` under that chip id does it name the chip; otherwise "chip id" is listed under `unchecked`.
+mnonce, which anybody can read: without the caller's mnonce it detects damage, not forgery. The chip id is under the MAC alone,
+and whoever asked for the report can make that MAC: which chip it was is told by its CEK, which the chain binds. Unless HSK and
+CEK were found in `store` under the chip id, "chip id" is listed under `unchecked`.
 
 The mask of a V1 report is not signed (csvfast.report.layout), so whoever hands the report on chooses it: unless report data or
 mnonce were expected, "mask" is listed under `unchecked`, and the fields mean nothing until `measure` has been compared with an

@@ -46,7 +46,8 @@ class KeyServerClient:
     """Asks a key server. Thread-safe: threads that ask for the same chip at the same time share one request.
 
     In: base_url    https; http only with allow_http=True and for this machine itself
-        timeout     seconds for a whole exchange (the name's resolution is the system's and not counted)
+        timeout     seconds for a whole exchange with all addresses of the host (resolving its name is the system's and can take
+                    longer, but then nobody is asked any more)
         roots       what the answers must hang from; None = Hygon's root
         context     TLS settings; None = the system's authorities
     Raises ArgumentError.
@@ -189,7 +190,7 @@ class _Connection(http.client.HTTPConnection):
             if remaining <= 0:
                 raise TimeoutError
             try:
-                return socket.create_connection(address[:2], remaining)
+                return socket.create_connection((str(address[0]), int(address[1])), remaining)
             except OSError as error:
                 problem = error
         raise problem

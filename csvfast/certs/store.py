@@ -202,7 +202,7 @@ def _read(path: Path) -> bytes | None:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             return None
         data = bytearray()
-        while len(data) <= BUNDLE_LIMIT and (piece := os.read(handle, BUNDLE_LIMIT + 1 - len(data))):
+        while piece := os.read(handle, BUNDLE_LIMIT + 1 - len(data)):
             data += piece
         return bytes(data)
     finally:

@@ -1,6 +1,6 @@
 """The `csvfast` command: one command, one room per subject.
 
-    csvfast info | bench | measure image|launch|verity | memory demo
+    csvfast info | bench | measure ... | memory demo | chip ... | cert ... | report ... | platform ... | guest ...
 
 Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
 """
@@ -31,7 +31,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="csvfast",
-    help="HaiGuang (Hygon) CSV confidential computing in software: encrypted guest memory and measurement.",
+    help="HaiGuang (Hygon) CSV confidential computing in software: encrypted memory, measurement, attestation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,7 +54,7 @@ def _root(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """HaiGuang (Hygon) CSV confidential computing in software: encrypted guest memory and measurement."""
+    """HaiGuang (Hygon) CSV confidential computing in software: encrypted memory, measurement, attestation."""
 
 
 app.command("info")(_info.info)

@@ -84,7 +84,7 @@ def verify(
         anchor = _verify(bundle, roots, strict)
     except VerificationError as error:
         if json:
-            print_json({"genuine": False, "step": error.step, "error": str(error), "certificates": roles, "strict": strict})
+            print_json({"verified": False, "step": error.step, "reason": str(error), "certificates": roles, "strict": strict})
         raise CommandError(f"not genuine: {error}", ExitCode.CHECK_FAILED) from None
     from csvfast.certs import HYGON_ROOT_FINGERPRINT, fingerprint
 
@@ -93,9 +93,10 @@ def verify(
     if json:
         print_json(
             {
-                "genuine": True,
+                "verified": True,
+                "root": found,
+                "root_is_hygon": is_hygon,
                 "certificates": roles,
-                "root": {"sm3": found, "key_id": anchor.key_id.hex(), "hygon": is_hygon},
                 "strict": strict,
             }
         )

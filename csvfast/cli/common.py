@@ -5,9 +5,12 @@ where a command first needs them.
 
 Exit codes
     0   done, and every check passed
-    1   a check failed: a digest other than --expect, a hash area that does not verify
-    2   usage: an unknown option, bad hex, a value outside its documented set
-    3   environment: an unreadable, vanished or changed file, a missing extra, no such kernel on this CPU, no memory
+    1   a check failed: a digest other than --expect, a hash area that does not verify, evidence or certificates that are not
+        genuine or not allowed, a command the firmware refuses
+    2   usage: an unknown option, bad hex, a value outside its documented set, content that is not what is expected there;
+        for cert and report also an input file that is missing or cannot be read
+    3   environment: an unreadable, vanished or changed file, a missing extra, no such kernel on this CPU, no memory, a state
+        directory in use, no server behind a socket
     130 interrupted (Ctrl-C)
 
 Thread-safety: everything here belongs to the main thread.

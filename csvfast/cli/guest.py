@@ -45,6 +45,9 @@ class VmsaChoice(StrEnum):
 
 _Handle = Annotated[int, typer.Argument(metavar="HANDLE", min=1, max=0xFFFFFFFF, help="The guest's handle.")]
 _Socket = Annotated[Path, typer.Option("--socket", metavar="PATH", help="Of `csvfast platform serve`.")]
+_Vcpu = Annotated[
+    Path | None, typer.Option("--vcpu-socket", metavar="PATH", help="The server's socket for vCPUs, if it has one.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, no progress bar.")]
 _ReportData = Annotated[
     str | None,
@@ -67,8 +70,9 @@ def session(
     vm_id: Annotated[str, typer.Option("--vm-id", metavar="HEX", help="Up to 16 bytes.")] = "",
     vm_version: Annotated[str, typer.Option("--vm-version", metavar="HEX", help="Up to 16 bytes.")] = "",
     vm_digest: Annotated[
-        str, typer.Option("--vm-digest", metavar="HEX", help="The only launch digest with which the guest may run.")
-    ] = "",
+        str | None,
+        typer.Option("--vm-digest", metavar="HEX", help="The only launch digest with which the guest may run."),
+    ] = None,
     user_data: Annotated[str, typer.Option("--user-data", metavar="HEX|@FILE", help="Up to 64 bytes.")] = "",
     root: Annotated[
         list[Path] | None, typer.Option("--root", metavar="FILE", help="Trusted root; repeatable. Default: Hygon's.")
@@ -86,7 +90,11 @@ def session(
 
     word = _policy(policy)
     identity, version = _bytes("--vm-id", vm_id, 16), _bytes("--vm-version", vm_version, 16)
-    digest, data = _bytes("--vm-digest", vm_digest, 32, exactly=True), _bytes("--user-data", user_data, 64)
+    digest, data = bytes(32), _bytes("--user-data", user_data, 64)
+    if vm_digest is not None:
+        digest = _bytes("--vm-digest", vm_digest, 32, exactly=True)
+        if not any(digest):
+            raise CommandError("--vm-digest: 32 zero bytes would allow every guest; expected a launch digest")
     found = CertificateBundle()
     for path in certificates:
         found = found.merged(parse_bundle(_read(path)))
@@ -117,6 +125,7 @@ def launch(
     socket: Annotated[
         Path | None, typer.Option("--socket", metavar="PATH", help="A server; the guest lives on there.")
     ] = None,
+    vcpu_socket: _Vcpu = None,
     kernel: Annotated[str | None, typer.Option(metavar="FILE", help="Kernel of a direct boot.")] = None,
     initrd: Annotated[str | None, typer.Option(metavar="FILE", help="Initial RAM disk.")] = None,
     append: Annotated[str | None, typer.Option(metavar="TEXT", help="Kernel command line.")] = None,
@@ -146,7 +155,10 @@ def launch(
     hold: Annotated[
         bool, typer.Option("--hold", help="Stop before LAUNCH_FINISH, for `guest secret` (with --socket).")
     ] = False,
-    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write the guest's report.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write the guest's report; '-': to stdout, and nothing else."),
+    ] = None,
     report_data: _ReportData = None,
     report_format: _ReportFormat = ReportForm.raw,
     profile: Annotated[
@@ -158,13 +170,15 @@ def launch(
     from csvfast.processor.vmm import GuestPlan
 
     keys, dh_bytes, session_bytes = _session_files(session, dh)
-    word = _policy(policy or "0x1") if policy is not None or keys is None else keys.policy
+    word = keys.policy if policy is None and keys is not None else _policy("0x1" if policy is None else policy)
     if word.csv3:
         raise CommandError("--policy: bit 6 asks for CSV3; this command launches CSV and CSV2 guests")
     if disk_password is not None and keys is None:
         raise CommandError(
             "--disk-password: only the owner can pack it; expected --session with the session's directory"
         )
+    if str(report) == "-" and json:
+        raise CommandError("--report: '-' and --json both want standard output")
     if hold and (socket is None or report is not None or disk_password is not None):
         raise CommandError("--hold: expected --socket, and neither --report nor --disk-password")
     data = _bytes("--report-data", report_data or "", 64)
@@ -181,7 +195,7 @@ def launch(
         vcpus=vcpus,
         force_hash_table=force_hash_table,
     )
-    with machine_of(state, socket, plan, profile) as (host, chip):
+    with machine_of(state, socket, vcpu_socket, plan, profile) as (host, chip):
         launched = _launch(host, plan, json)
         try:
             record: dict[str, Any] = {
@@ -196,23 +210,23 @@ def launch(
             if disk_password is not None and keys is not None:
                 _inject_password(host, launched, keys, disk_password, secret_address)
                 record["secret"] = "injected"  # noqa: S105
-            found: Report | None = None
             if not hold:
                 host.finish(launched.handle)
                 found = host.report(launched.handle, data)
                 record["digest"] = found.measure.hex()
+                if found.measure != launched.predicted.digest:
+                    raise CommandError(
+                        "the report carries another launch digest than the predicted one", ExitCode.CHECK_FAILED
+                    )
                 if report is not None:
                     _write_report(report, found, report_format, chip)
             record["state"] = host.status(launched.handle)[2].name
             record["warnings"] = list(launched.predicted.warnings)
-            if found is not None and found.measure != launched.predicted.digest:
-                raise CommandError(
-                    "the report carries another launch digest than the predicted one", ExitCode.CHECK_FAILED
-                )
         except BaseException:
-            host.stop(launched.handle)
+            host.abandon(launched.handle)
             raise
-    _show(record, json)
+    if str(report) != "-":
+        _show(record, json)
 
 
 @app.command()
@@ -246,11 +260,12 @@ def report_command(
     report_data: _ReportData = None,
     report_format: _ReportFormat = ReportForm.raw,
     extended: Annotated[bool, typer.Option("--extended", help="Ask for report V2 (CSV3 guests).")] = False,
+    vcpu_socket: _Vcpu = None,
     json: _Json = False,
 ) -> None:
     """Have a running guest ask for its attestation report."""
     data = _bytes("--report-data", report_data or "", 64)
-    with remote(socket) as host:
+    with remote(socket, vcpu_socket) as host:
         found = host.report(handle, data, extended=extended)
     _write_report(out, found, report_format, None)
     if str(out) != "-":
@@ -290,10 +305,13 @@ def secret(
 
     if (out is None) == (socket is None):
         raise CommandError("expected either --socket with --handle and --address, or --out")
+    if socket is not None and (handle is None or address is None):
+        raise CommandError("--socket: expected --handle and --address as well")
+    place, version = None if address is None else _number("--address", address), _api(api)
     keys = load_owner_session(session)
     blob = _bytes("--measurement", measurement, 48, exactly=True)
     digest = _bytes("--expect", expect, 32, exactly=True)
-    header, transport = _pack_password(keys, disk_password, blob, digest, _api(api))
+    header, transport = _pack_password(keys, disk_password, blob, digest, version)
     if out is not None:
         write_private_directory(
             out,
@@ -304,10 +322,10 @@ def secret(
         )
         _show({"directory": str(out), "bytes": len(transport)}, json)
         return
-    if socket is None or handle is None or address is None:
+    if socket is None or handle is None or place is None:  # checked above, before the secret was read
         raise CommandError("--socket: expected --handle and --address as well")
     with remote(socket) as host:
-        host.inject(handle, Secret(header, transport), _number("--address", address))
+        host.inject(handle, Secret(header, transport), place)
         host.finish(handle)
         state = host.status(handle)[2].name
     _show({"handle": handle, "bytes": len(transport), "state": state}, json)
@@ -436,7 +454,7 @@ def _read_secret(path: Path) -> bytearray:
 
 
 def _bytes(option: str, text: str, size: int, *, exactly: bool = False) -> bytes:
-    """Hexadecimal digits or the bytes of @FILE, zero-padded on the right to `size`. Empty text: all zero."""
+    """Hexadecimal digits or the bytes of @FILE, zero-padded on the right to `size` unless they must have it."""
     if text.startswith("@"):
         data = _read(Path(text[1:]))
     else:
@@ -444,7 +462,7 @@ def _bytes(option: str, text: str, size: int, *, exactly: bool = False) -> bytes
             data = bytes.fromhex(text)
         except ValueError:
             raise CommandError(f"{option}: {text[:80]!r} is not an even number of hexadecimal digits") from None
-    if len(data) > size or (exactly and data and len(data) != size):
+    if len(data) > size or (exactly and len(data) != size):
         raise CommandError(f"{option}: {len(data)} bytes; expected {'' if exactly else 'at most '}{size}")
     return data.ljust(size, b"\0")
 
@@ -465,8 +483,10 @@ def _policy(text: str) -> Any:
 def _api(text: str) -> tuple[int, int, int]:
     try:
         version, build = text.split("/")
-        major, minor = version.split(".")
-        return int(major), int(minor), int(build)
+        major, minor, number = *map(int, version.split(".")), int(build)
+        if not (0 <= major <= 255 and 0 <= minor <= 255 and 0 <= number < 1 << 31):
+            raise ValueError
+        return major, minor, number
     except ValueError:
         raise CommandError(f"--api: {text!r}; expected such as 1.4/2337") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +18,21 @@ __all__ = ["machine_of", "remote"]
 
 @contextmanager
 def machine_of(
-    state: Path | None, socket: Path | None, plan: GuestPlan, profile: str
+    state: Path | None, socket: Path | None, vcpu: Path | None, plan: GuestPlan, profile: str
 ) -> Iterator[tuple[Host, ChipIdentity | None]]:
     """A host on the one that was named; with --state also its chip. The chip's guest ends with the block."""
     if (state is None) == (socket is None):
         raise CommandError("expected either --state with a chip's directory, or --socket of a server")
+    if vcpu is not None and socket is None:
+        raise CommandError("--vcpu-socket: given without --socket")
     if socket is not None:
-        with remote(socket) as host:
-            yield host, None
+        with remote(socket, vcpu) as host:
+            try:
+                yield host, None
+            except BaseException:
+                if host.unfinished is not None:
+                    _stop_anew(socket, host.unfinished)
+                raise
         return
     from csvfast.memory import EncryptedMemory
     from csvfast.processor import PROFILES, Options, Processor
@@ -48,13 +55,23 @@ def machine_of(
 
 
 @contextmanager
-def remote(socket: Path) -> Iterator[Host]:
-    """A host on the server behind a socket."""
+def remote(socket: Path, vcpu: Path | None = None) -> Iterator[Host]:
+    """A host on the server behind a socket; `vcpu`: its socket for vCPUs, if it has one."""
     from csvfast.processor.client import RemoteMachine
     from csvfast.processor.vmm import Host
 
-    with refusals(), RemoteMachine(socket) as machine, Host(machine) as host:
+    with refusals(), RemoteMachine(socket, vcpu_path=vcpu) as machine, Host(machine) as host:
         yield host
+
+
+def _stop_anew(socket: Path, handle: int) -> None:
+    """Ctrl-C in the middle of a request has ended the connection; the guest would stay behind."""
+    from csvfast.errors import CsvfastError
+    from csvfast.processor.client import RemoteMachine
+    from csvfast.processor.vmm import Host
+
+    with suppress(CsvfastError, OSError), RemoteMachine(socket) as machine, Host(machine) as host:
+        host.stop(handle)
 
 
 @contextmanager

@@ -106,14 +106,14 @@ def sign_csr(
     """The owner's side: sign a platform's PEK with an OCA key. Look at the platform's chain first: this proves nothing."""
     from csvfast.certs.layout import KeyUsage
 
+    if json and output == "-":
+        raise CommandError("--json: expected --output FILE as well; both would go to standard output")
     request = _read_certificate(csr)
     if request.usage != KeyUsage.PEK:
         raise CommandError(f"{csr}: usage {request.usage:#x}; expected a PEK certificate ({int(KeyUsage.PEK):#x})")
     owner_key = _owner_key(key)
     certificate = _owner_certificate(oca, owner_key, (request.api_major, request.api_minor))
     signed = request.with_signature(2, owner_key, KeyUsage.OCA, certificate.user_id)
-    if json and output == "-":
-        raise CommandError("--json: expected --output FILE as well; both would go to standard output")
     _write(output, signed.encoded)
     if json:
         print_json({"pek": _fingerprint(signed), "oca": _fingerprint(certificate), "key": str(key), "output": output})
@@ -289,7 +289,11 @@ def _owner_key(path: Path) -> SM2PrivateKey:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        return load_private_key(read_private_file(path.parent, path.name, 1 << 16))
+        content = read_private_file(path.parent, path.name, 1 << 16)
+        try:
+            return load_private_key(content)
+        finally:
+            content[:] = bytes(len(content))
     key = SM2PrivateKey.generate()
     try:
         with os.fdopen(handle, "wb") as file:

@@ -165,10 +165,15 @@ def _read(path: str, limit: int) -> bytes:
 
 
 def _evidence(path: str) -> Evidence:
+    from csvfast.errors import FormatError
     from csvfast.report import read_evidence
     from csvfast.report.evidence import EVIDENCE_LIMIT
 
-    return read_evidence(_read(path, EVIDENCE_LIMIT))
+    data = _read(path, EVIDENCE_LIMIT)
+    try:
+        return read_evidence(data)
+    except FormatError as error:
+        raise CommandError(f"{path}: {error}") from None
 
 
 def _bytes_option(name: str, text: str) -> bytes:

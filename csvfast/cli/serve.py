@@ -20,6 +20,10 @@ def serve(
         Path, typer.Argument(metavar="DIR", help="State of a simulated chip, made by `csvfast chip new`.")
     ],
     socket: Annotated[Path, typer.Option("--socket", metavar="PATH", help="Unix socket to listen on.")],
+    vcpu_socket: Annotated[
+        Path | None,
+        typer.Option("--vcpu-socket", metavar="PATH", help="Another one for what vCPUs do; the first refuses it then."),
+    ] = None,
     memory: Annotated[
         Path | None,
         typer.Option("--memory", metavar="FILE", help="File that is the DRAM. Default: anonymous memory."),
@@ -59,7 +63,7 @@ def serve(
             if init:
                 with Host(machine) as host:
                     host.initialise(es=True)
-            with ProcessorServer(machine, shared.descriptor, socket) as server:
+            with ProcessorServer(machine, shared.descriptor, socket, vcpu_path=vcpu_socket) as server:
 
                 def stop(_signal: int, _frame: FrameType | None) -> None:
                     server.stop()

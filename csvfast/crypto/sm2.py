@@ -52,7 +52,7 @@ _LARGEST_KEY: Final = 1 << 16  # bytes of a DER file; a key takes about 140
 def _copied(data: BytesLike, name: str) -> bytes:
     """A buffer's bytes. bytes() alone would also take a number, as so many zeros."""
     try:
-        return bytes(memoryview(data))
+        return bytes(memoryview(data))  # type: ignore[arg-type]  # NumPy's arrays are buffers whatever its stubs say
     except TypeError:
         raise BufferTypeError(f"{name} must be a bytes-like object, not {type(data).__name__}") from None
 

@@ -23,7 +23,7 @@ from csvfast.processor.sealing import sealing_key
 from csvfast.processor.states import GuestState
 from csvfast.report.build import build_report_v1, build_report_v2
 from csvfast.report.layout import REPORT_SIGNATURE_ALGORITHM, REPORT_SIGNER_USAGE
-from csvfast.report.request import ReportRequest
+from csvfast.report.request import EXTENDED_BYTES, ReportRequest
 
 if TYPE_CHECKING:
     from csvfast._core import BytesLike
@@ -56,8 +56,9 @@ class AttestationCommands(ProcessorCore):
                     f"length is {length}; expected a positive multiple of {PAGE}",
                     {"length": PAGE},
                 )
-            place = self.physical(address, PAGE, PAGE, private=True)
-            page = self.report_page(guest, self.memory.read(place, PAGE, asid))
+            place = self.physical(address, PAGE, PAGE, private=guest.policy.csv3)
+            # The request alone: the page may still hold the sealing key of an earlier answer.
+            page = self.report_page(guest, self.memory.read(place, EXTENDED_BYTES, asid))
             try:
                 self.memory.write(place, page, asid)
             finally:
@@ -92,7 +93,8 @@ class AttestationCommands(ProcessorCore):
             return body + words + bytes(4) + to_field(signature[:32]) + to_field(signature[32:])
 
     def report_page(self, guest: Guest, page: bytes) -> bytearray:
-        """The page that answers a guest's request page: 4096 bytes with the sealing key in them, for the caller to wipe.
+        """The page that answers a request (its page, or the first 132 bytes): 4096 bytes with the sealing key in them, for the
+        caller to wipe.
 
         The guest's state has been checked. Refuses: INVALID_PARAM, SECURE_DATA_INVALID, INVALID_GUEST_STATE.
         """

@@ -1,5 +1,8 @@
 """RemoteMachine: the other end of server.py, for programs in Python. It has the methods of machine.Machine.
 
+The server is believed no more than its user: one that another user runs is refused before anything is sent, and whatever it
+answers ends in one of the exceptions named here.
+
     with RemoteMachine("/run/csvfast/processor.sock") as machine:
         block = machine.allocate(4096)
         machine.write(block, LAYOUTS[Command.PLATFORM_STATUS].encode())
@@ -16,6 +19,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from typing import TYPE_CHECKING, Final, Self
 
 from csvfast.errors import (
@@ -48,20 +52,26 @@ _STATUSES: Final = frozenset(FirmwareStatus)
 class RemoteMachine:
     """A machine that another process serves.
 
-    Args: path: of the server's socket. timeout: seconds one request may take.
+    Args: path: of the server's socket. vcpu_path: of its socket for vCPUs, if it has one; guest_read() and guest_write() need it
+        then. timeout: seconds one request may take.
     Attributes: cores, asid_max, base_address, size: of the machine. problem: why the last command was refused, or None.
-    Raises: OSError (no server, no permission, too slow); StateError when the peer speaks another protocol.
+    Raises: OSError (no server, no permission, too slow); StateError: the peer speaks another protocol, or is another user's.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        vcpu_path: str | os.PathLike[str] | None = None,
+        timeout: float = 60.0,
+    ) -> None:
         self.problem: str | None = None
-        self._lock = threading.Lock()
-        self._tags = itertools.count(1)
-        self._socket: socket.socket | None = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._memory: mmap.mmap | None = None
+        self._host = _Channel(path, timeout)
+        self._vcpu = self._host
         try:
-            self._socket.settimeout(timeout)
-            self._socket.connect(os.fspath(path))
+            if vcpu_path is not None:
+                self._vcpu = _Channel(vcpu_path, timeout)
             self._hello()
         except BaseException:
             self.close()
@@ -69,14 +79,19 @@ class RemoteMachine:
 
     def _hello(self) -> None:
         descriptors: list[int] = []
-        status, body = self._exchange(Operation.HELLO, protocol.HELLO_REQUEST.pack(protocol.VERSION), descriptors)
         try:
+            request = protocol.HELLO_REQUEST.pack(protocol.VERSION)
+            status, body = self._host.exchange(Operation.HELLO, request, descriptors)
             if status or len(body) != protocol.HELLO_ANSWER.size or len(descriptors) != 1:
                 raise StateError(f"the server does not speak version {protocol.VERSION} of the protocol")
-            _, self.cores, self.asid_max, _, self.base_address, self.size = protocol.HELLO_ANSWER.unpack(body)
+            version, self.cores, self.asid_max, _, self.base_address, self.size = protocol.HELLO_ANSWER.unpack(body)
+            if version != protocol.VERSION:
+                raise StateError(f"the server speaks version {version} of the protocol; expected {protocol.VERSION}")
+            if not self.size:
+                raise StateError("the server's DRAM is empty")
             try:
                 self._memory = mmap.mmap(descriptors[0], self.size)
-            except ValueError as problem:
+            except (ValueError, OverflowError) as problem:
                 raise StateError(f"the server's DRAM is smaller than it says ({problem})") from None
         finally:
             for descriptor in descriptors:
@@ -84,9 +99,8 @@ class RemoteMachine:
 
     def close(self) -> None:
         """Ends the connection; what was allocated and not assigned to a guest is free. Idempotent."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        self._host.close()
+        self._vcpu.close()
         if self._memory is not None:
             self._memory.close()
             self._memory = None
@@ -104,13 +118,14 @@ class RemoteMachine:
     def command(self, command_id: int, buffer_address: int) -> FirmwareStatus:
         """Rings the mailbox. Raises ArgumentError for numbers that no register holds, OSError, InternalError."""
         status, body = self._request(Operation.COMMAND, protocol.COMMAND, command_id, 0, buffer_address)
+        if status not in _STATUSES:
+            self._done((status, body))
         self.problem = body.decode("utf-8", "replace") if status else None
         return FirmwareStatus(status)
 
     def ring_doorbell(self, tail: int, head: int | None = None) -> int:
         """Works off the ring buffers; see Mailbox.ring_doorbell."""
-        body = self._done(self._request(Operation.RING, protocol.RING, tail, head or 0, int(head is not None)))
-        return int.from_bytes(body, "little")
+        return self._number(self._request(Operation.RING, protocol.RING, tail, head or 0, int(head is not None)), 4)
 
     def read(self, address: int, length: int) -> bytes:
         """DRAM as the host sees it. Raises AddressError."""
@@ -129,7 +144,10 @@ class RemoteMachine:
 
     def guest_read(self, handle: int, address: int, length: int) -> bytes:
         """What a guest's vCPU reads; see LocalMachine.guest_read."""
-        return self._done(self._request(Operation.GUEST_READ, protocol.ACCESS, handle, length, address))
+        body = self._done(self._request(Operation.GUEST_READ, protocol.ACCESS, handle, length, address))
+        if len(body) != length:
+            raise FormatError("server's answer", "body", 16, f"{len(body)} bytes", f"{length} bytes")
+        return body
 
     def guest_write(self, handle: int, address: int, data: BytesLike) -> None:
         """What a guest's vCPU writes."""
@@ -137,8 +155,9 @@ class RemoteMachine:
 
     def allocate(self, size: int, alignment: int = 4096) -> int:
         """Frames nobody else uses, until this connection ends or they are freed or assigned."""
-        body = self._done(self._request(Operation.ALLOCATE, protocol.ALLOCATE, size, alignment))
-        return int.from_bytes(body, "little")
+        place = self._number(self._request(Operation.ALLOCATE, protocol.ALLOCATE, size, alignment), 8)
+        self._offset(place, size)
+        return place
 
     def free(self, address: int) -> None:
         """Gives them back."""
@@ -150,13 +169,12 @@ class RemoteMachine:
 
     def guest_ranges(self, handle: int) -> list[GuestRange]:
         """The frames assigned to a guest."""
-        body = self._done(self._request(Operation.GUEST_RANGES, protocol.WORD, handle))
-        return [GuestRange(*found) for found in protocol.RANGE.iter_unpack(body)]
+        answer = self._request(Operation.GUEST_RANGES, protocol.WORD, handle)
+        return [GuestRange(*found) for found in self._rows(answer, protocol.RANGE)]
 
     def guests(self) -> list[int]:
         """Handles of all guests."""
-        body = self._done(self._exchange(Operation.GUESTS, b""))
-        return [handle for (handle,) in protocol.WORD.iter_unpack(body)]
+        return [handle for (handle,) in self._rows(self._host.exchange(Operation.GUESTS, b""), protocol.WORD)]
 
     # ---- Behind it
 
@@ -178,28 +196,20 @@ class RemoteMachine:
             body = shape.pack(*values)
         except struct.error as problem:
             raise ArgumentError(f"{operation.name}: {problem}") from None
-        return self._exchange(operation, body + view_of(data))
+        channel = self._vcpu if operation in (Operation.GUEST_READ, Operation.GUEST_WRITE) else self._host
+        return channel.exchange(operation, body + view_of(data))
 
-    def _exchange(self, operation: Operation, body: bytes, descriptors: list[int] | None = None) -> tuple[int, bytes]:
-        with self._lock:
-            connection = self._socket
-            if connection is None:
-                raise ClosedError("the connection has been closed")
-            tag = next(self._tags)
-            try:
-                connection.sendall(protocol.HEADER.pack(operation, len(body), tag) + body)
-                header = _receive(connection, protocol.HEADER.size, descriptors)
-                status, length, answered = protocol.HEADER.unpack(header)
-                if answered != tag or length > protocol.BODY_MAX:
-                    raise FormatError(
-                        "server's answer", "tag and length", 4, f"{answered} and {length}", f"{tag} and a length"
-                    )
-                return status, _receive(connection, length)
-            except BaseException:
-                # Half an answer may be on its way: nothing that is read after it can be trusted.
-                connection.close()
-                self._socket = None
-                raise
+    def _number(self, answer: tuple[int, bytes], size: int) -> int:
+        body = self._done(answer)
+        if len(body) != size:
+            raise FormatError("server's answer", "body", 16, f"{len(body)} bytes", f"{size} bytes")
+        return int.from_bytes(body, "little")
+
+    def _rows(self, answer: tuple[int, bytes], shape: struct.Struct) -> list[tuple[int, ...]]:
+        body = self._done(answer)
+        if len(body) % shape.size:
+            raise FormatError("server's answer", "body", 16, f"{len(body)} bytes", f"a multiple of {shape.size}")
+        return list(shape.iter_unpack(body))
 
     @staticmethod
     def _done(answer: tuple[int, bytes]) -> bytes:
@@ -220,11 +230,67 @@ class RemoteMachine:
         raise ArgumentError(message)
 
 
-def _receive(connection: socket.socket, length: int, descriptors: list[int] | None = None) -> bytes:
+class _Channel:
+    """One connection: a request and its answer at a time."""
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
+        self._lock = threading.Lock()
+        self._tags = itertools.count(1)
+        self._timeout = timeout
+        self._socket: socket.socket | None = None
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(os.fspath(path))
+            # In a directory that others may write to, anybody can put a socket where the server's should be.
+            user = protocol.peer_user(connection)
+            if user != os.geteuid():
+                raise StateError(f"{os.fspath(path)}: the server belongs to user {user}; expected {os.geteuid()}")
+        except BaseException:
+            connection.close()
+            raise
+        self._socket = connection
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def exchange(self, operation: Operation, body: bytes, descriptors: list[int] | None = None) -> tuple[int, bytes]:
+        """Status and body of the answer; descriptors that come with it are appended, for the caller to close."""
+        with self._lock:
+            connection = self._socket
+            if connection is None:
+                raise ClosedError("the connection has been closed")
+            tag = next(self._tags)
+            limit = time.monotonic() + self._timeout
+            try:
+                connection.settimeout(self._timeout)
+                connection.sendall(protocol.HEADER.pack(operation, len(body), tag) + body)
+                header = _receive(connection, protocol.HEADER.size, limit, descriptors)
+                status, length, answered = protocol.HEADER.unpack(header)
+                if answered != tag or length > protocol.BODY_MAX:
+                    raise FormatError(
+                        "server's answer", "tag and length", 4, f"{answered} and {length}", f"{tag} and a length"
+                    )
+                return status, _receive(connection, length, limit)
+            except BaseException:
+                # Half an answer may be on its way: nothing that is read after it can be trusted.
+                connection.close()
+                self._socket = None
+                raise
+
+
+def _receive(connection: socket.socket, length: int, limit: float, descriptors: list[int] | None = None) -> bytes:
     data = bytearray()
     while len(data) < length:
+        left = limit - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the server is too slow")
+        connection.settimeout(left)
         if descriptors is not None and not data:
-            chunk, found, _, _ = socket.recv_fds(connection, length, 4)
+            chunk, found, _, _ = socket.recv_fds(connection, length, 4, socket.MSG_CMSG_CLOEXEC)
             descriptors.extend(found)
         else:
             chunk = connection.recv(length - len(data))

@@ -234,9 +234,10 @@ class ProcessorCore:
         asid = guest.asid
         if asid is None:
             return
-        if self.asids.release(asid, guest.handle) and self.memory.installed(asid):
-            self.memory.remove(asid)
         guest.asid = None
+        # A memory that was closed first has no keys any more.
+        if self.asids.release(asid, guest.handle) and not self.memory.closed and self.memory.installed(asid):
+            self.memory.remove(asid)
 
     def forget_guest(self, guest: Guest) -> None:
         """Called before a guest's context is erased, for what mix-ins hold on its behalf (CSV3 regions)."""

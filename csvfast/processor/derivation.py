@@ -52,13 +52,13 @@ def derive_amd(key: BytesLike, label: bytes, context: BytesLike, length: int) ->
     import hashlib
     import hmac
 
-    out = bytearray()
+    out = bytearray(-(-length // 32) * 32)
     fixed = label + b"\0" + copy_of(context) + (length * 8).to_bytes(4, "little")
-    block = 0
-    while len(out) < length:
-        block += 1
-        # hmac takes no other read-only buffers than bytes; the copy lives as long as this expression.
-        out += hmac.new(bytearray(view_of(key)), block.to_bytes(4, "little") + fixed, hashlib.sha256).digest()
-    wiped = out[:length]
-    wipe(out)
-    return wiped
+    secret = bytearray(view_of(key))  # hmac takes no other read-only buffers than bytes
+    try:
+        for at in range(0, len(out), 32):
+            message = (at // 32 + 1).to_bytes(4, "little") + fixed
+            out[at : at + 32] = hmac.new(secret, message, hashlib.sha256).digest()
+        return out[:length]
+    finally:
+        wipe(secret, out)

@@ -97,7 +97,8 @@ class LaunchCommands(LifecycleCommands, AttestationCommands, DebugCommands):
                     user_data=opened.user_data,
                     user_pubkey_digest=opened.user_pubkey_digest,
                     vm_digest=opened.vm_digest,
-                    user_id=user_id,
+                    # An owner whom the session does not name is nobody's sibling: the host could sign that session again.
+                    user_id=user_id if any(opened.user_pubkey_digest) or not size_of(session) else None,
                 )
             except BaseException:
                 opened.tek.wipe()

@@ -1,10 +1,14 @@
 """Commands every guest has in every state: ACTIVATE, DEACTIVATE, DECOMMISSION, GUEST_STATUS.
 
 ASIDs (openEuler kernel arch/x86/kvm/svm/csv.c): CSV guests use min .. max, CSV2 guests 1 .. min - 1 (1 .. max from build 1810
-on), CSV3 guests 1 .. max. Two guests may share an ASID if both policies say ASID_REUSE and both belong to one user: the user id
+on), CSV3 guests 1 .. max.
+
+Two guests may share an ASID if their policies are equal, say ASID_REUSE and not NOKS, and both belong to one user: the user id
 the VMM gave at LAUNCH_START and the digest of the session's owner key are equal, and not both absent. The owner key counts
-because the host chooses the user id: without it a host could let a guest of its own join. A key slot holds one key, so a guest
-that joins takes over the key of the first, which it can only do before it has data of its own in memory (inferred).
+because the host chooses the user id: without it a host could let a guest of its own join. A guest whose session names no owner
+key shares with nobody. The policies must be equal because sharing an ASID is sharing a key: a sibling without NODBG or NOSEND
+would let the host read the other's memory. A key slot holds one key, so a guest that joins takes over the key of the first,
+which it can only do before it has data of its own in memory (inferred).
 
 Thread-safety: each command holds the processor's lock.
 """
@@ -96,9 +100,9 @@ class LifecycleCommands(ProcessorCore):
         return first, last
 
     def _may_share(self, guest: Guest, other: Guest) -> bool:
-        if not (guest.policy.asid_reuse and other.policy.asid_reuse):
+        if guest.policy != other.policy or not guest.policy.asid_reuse or guest.policy.noks:
             return False
         user = (guest.user_id, guest.user_pubkey_digest)
-        if user == _NOBODY or user != (other.user_id, other.user_pubkey_digest) or guest.generation != other.generation:
+        if user == _NOBODY or user != (other.user_id, other.user_pubkey_digest):
             return False
         return not guest.encrypted or guest.vek.equals(other.vek)

@@ -88,7 +88,8 @@ def _pdh_cert_export(dma: Dma, block: ParameterBlock) -> None:
 
 
 def _download_firmware(dma: Dma, block: ParameterBlock) -> None:
-    dma.processor.require_download_state()
+    later = (PlatformState.INIT,) if dma.processor.profile.runtime_download else ()
+    dma.processor.require_platform(PlatformState.UNINIT, *later)
     length = block["length"]
     if not 0 < length <= FIRMWARE_IMAGE_MAX:
         dma.processor.refuse(

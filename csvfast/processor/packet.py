@@ -134,7 +134,7 @@ def open_packet(
     *,
     measure: BytesLike = b"",
 ) -> bytearray:
-    """Checks the MAC, then decrypts.
+    """Checks the MAC, then decrypts what it covers: a copy, since the host may write to the buffer meanwhile.
 
     Returns: the plaintext, for the caller to wipe.
     Raises: FormatError (header), AuthenticationError (nothing has been decrypted then), ArgumentError for a compressed packet.
@@ -142,9 +142,9 @@ def open_packet(
     parsed = PacketHeader.parse(header)
     if parsed.flags & ~FLAG_NO_MEASURE:
         raise ArgumentError(f"packet flags are {parsed.flags:#x}; expected 0 or {FLAG_NO_MEASURE}")
-    size = size_of(ciphertext)
-    _mac(kind, tik, parsed.flags, parsed.iv, size, ciphertext, measure).verify(parsed.mac)
-    return SM4CTR(tek, parsed.iv).decrypt(ciphertext, out=bytearray(size))
+    content = copy_of(ciphertext)
+    _mac(kind, tik, parsed.flags, parsed.iv, len(content), content, measure).verify(parsed.mac)
+    return SM4CTR(tek, parsed.iv).decrypt(content, out=bytearray(len(content)))
 
 
 def pack_secret_table(entries: Sequence[tuple[UUID, BytesLike]]) -> bytearray:
@@ -171,7 +171,8 @@ def pack_secret_table(entries: Sequence[tuple[UUID, BytesLike]]) -> bytearray:
 
 def pack_disk_password(password: BytesLike) -> bytearray:
     """The table with one disk password, NUL-terminated, as the vendor's pack-secret.py makes it."""
-    data = bytearray(view_of(password)) + b"\0"
+    data = bytearray(size_of(password) + 1)
+    data[:-1] = view_of(password)
     try:
         return pack_secret_table([(DISK_PASSWORD_GUID, data)])
     finally:

@@ -123,6 +123,7 @@ class PlatformCommands(ProcessorCore):
                 try:
                     self.storage.erase()
                 except (OSError, StateError) as problem:
+                    self.identity = None  # the next INIT takes what the directory has, the old keys or none
                     self.refuse(FirmwareStatus.HWERROR_PLATFORM, f"the stored state cannot be deleted: {problem}")
             self.identity = None
 

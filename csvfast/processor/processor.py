@@ -60,11 +60,13 @@ class Processor(Csv3MigrationCommands):
     def close(self) -> None:
         """Power off: guests are lost, keys leave the memory, the state directory is unlocked. Closing twice does nothing."""
         with self.lock:
-            if self.state is not PlatformState.UNINIT:
-                self.shutdown()
-            if self.storage is not None:
-                self.storage.close()
-                self.identity = None  # its keys wipe themselves; the directory has them
+            try:
+                if self.state is not PlatformState.UNINIT:
+                    self.shutdown()
+            finally:
+                if self.storage is not None:
+                    self.storage.close()
+                    self.identity = None  # its keys wipe themselves; the directory has them
 
     def __enter__(self) -> Self:
         return self

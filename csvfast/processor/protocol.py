@@ -24,19 +24,21 @@ connection are answered in order.
    11 GUESTS         -                                              u32 handle for each
 
 The address of a guest access is system physical, with the C-bit (bit 47) where the guest's page table has it; for a CSV3 guest it
-is guest physical. One access moves at most 1 MiB. HELLO may come at any time, and need not. A body above 1 MiB and 64 bytes,
-or a message that does not arrive within ten seconds of its first byte, ends the connection.
+is guest physical. Operations 5 and 6 may have a socket of their own. One access moves at most 1 MiB. HELLO may come at any time,
+and need not. A body above 1 MiB and 64 bytes, or a message that does not arrive within ten seconds of its first byte, ends the
+connection.
 
-Thread-safety: constants.
+Thread-safety: constants, and a function without state.
 """
 
 from __future__ import annotations
 
+import socket
 import struct
 from enum import IntEnum
 from typing import Final
 
-__all__ = ["BODY_MAX", "EACH_CORE", "HEADER", "VERSION", "Operation", "ProtocolStatus"]
+__all__ = ["BODY_MAX", "EACH_CORE", "HEADER", "VERSION", "Operation", "ProtocolStatus", "peer_user"]
 
 VERSION: Final = 1
 HEADER: Final = struct.Struct("<IIQ")
@@ -74,10 +76,20 @@ class Operation(IntEnum):
 
 
 class ProtocolStatus(IntEnum):
-    """Statuses beyond those of the firmware."""
+    """Statuses beyond those of the firmware. WRONG_SOCKET: a host's request on the vCPUs' socket, or the other way round."""
 
     BAD_REQUEST = 0x10001
     UNKNOWN_OPERATION = 0x10002
     NO_MEMORY = 0x10003
     INTERNAL = 0x10004
     NESTED_PAGE_FAULT = 0x10005
+    WRONG_SOCKET = 0x10006
+
+
+_PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The user who made the other end of a Unix connection. Raises OSError."""
+    user: int = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[1]
+    return user

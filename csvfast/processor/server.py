@@ -3,8 +3,11 @@
 The DRAM is a file or an anonymous memory file whose descriptor every client gets and maps: it holds what a host sees,
 ciphertext where guests live. Keys stay here. protocol.py describes the messages.
 
-The socket has mode 0600, and a peer of another user is turned away before it can say anything (SO_PEERCRED). Each connection
+A socket has mode 0600, and a peer of another user is turned away before it can say anything (SO_PEERCRED). Each connection
 has a thread of its own: a slow, silent, garbled or half-closed one disturbs nobody else.
+
+What a vCPU does is plaintext of guests for whoever may ask. It can have a socket of its own (`vcpu_path`): a VMM under test then
+gets only the other one, and is as far from the guests' plaintext as a host is.
 
 Thread-safety: serve() belongs to one thread; stop() may be called from any thread or signal handler.
 """
@@ -12,6 +15,7 @@ Thread-safety: serve() belongs to one thread; stop() may be called from any thre
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import selectors
@@ -35,37 +39,55 @@ if TYPE_CHECKING:
 
     from csvfast.processor.machine import LocalMachine
 
+    _Operation = Callable[[LocalMachine, bytes, object], bytes]
+
 __all__ = ["ProcessorServer", "SharedMemory", "open_shared_memory"]
 
 CONNECTIONS_MAX: Final = 64
 MESSAGE_SECONDS: Final = 10.0
+ACCEPT_PAUSE: Final = 0.1  # when descriptors or memory are short: trying again at once would only burn a core
 _JOIN_SECONDS: Final = 5.0
 _PATH_MAX: Final = 107  # sun_path, less the final NUL
-_PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class SharedMemory(NamedTuple):
-    """An EncryptedMemory and the descriptor by which clients map the same bytes; the caller closes both."""
+    """An EncryptedMemory and the descriptor by which clients map the same bytes; the caller closes both. `lock`: a descriptor
+    that holds the file's lock, None for anonymous memory."""
 
     memory: EncryptedMemory
     descriptor: int
+    lock: int | None = None
 
     def close(self) -> None:
-        """Closes both."""
+        """Closes everything."""
         self.memory.close()
         os.close(self.descriptor)
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def open_shared_memory(size: int | None, path: Path | None = None, *, asid_max: int = 509) -> SharedMemory:
     """DRAM to share: on a file (made with `size` bytes, or an existing one), or on anonymous memory that nobody can shrink.
 
-    Raises: those of EncryptedMemory; ArgumentError when neither size nor path is given.
+    A file is locked against a second server, but whoever may write to it can also truncate it, and the next access to what is
+    gone ends this process with SIGBUS, as a power failure ends a machine. Anonymous memory is sealed.
+
+    Raises: those of EncryptedMemory; ArgumentError when neither size nor path is given; StateError: another server has the file.
     """
     if path is not None:
         memory = EncryptedMemory(size, path=path, asid_max=asid_max)
+        opened: list[int] = []
         try:
-            return SharedMemory(memory, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            # Two: a lock goes with its open file, and clients keep the one that they are given.
+            opened.extend(os.open(path, os.O_RDWR | os.O_CLOEXEC) for _ in range(2))
+            try:
+                fcntl.flock(opened[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StateError(f"{path}: another server has this memory") from None
+            return SharedMemory(memory, *opened)
         except BaseException:
+            for descriptor in opened:
+                os.close(descriptor)
             memory.close()
             raise
     if size is None:
@@ -93,11 +115,20 @@ class ProcessorServer:
     Args:
         machine: the processor and what is around it. descriptor: of its DRAM, handed to clients; stays the caller's.
         path: of the socket. A stale one, left by a killed server, is replaced; anything else there is an error.
+        vcpu_path: of a second socket, for GUEST_READ and GUEST_WRITE only, which the first one then refuses.
     Raises: ArgumentError (path too long), StateError (another server answers there, or it is no socket), OSError.
     """
 
-    def __init__(self, machine: LocalMachine, descriptor: int, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        machine: LocalMachine,
+        descriptor: int,
+        path: str | os.PathLike[str],
+        *,
+        vcpu_path: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self.vcpu_path = None if vcpu_path is None else Path(vcpu_path)
         self._machine = machine
         self._descriptor = descriptor
         self._connections: dict[socket.socket, threading.Thread] = {}
@@ -106,26 +137,35 @@ class ProcessorServer:
         self._idle = threading.Event()
         self._idle.set()
         self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._doors: list[_Door] = []
         try:
-            self._listener = _listen(self.path)
+            if self.vcpu_path is None:
+                self._doors.append(_Door(self.path, _OPERATIONS))
+            else:
+                self._doors.append(_Door(self.path, _HOST_OPERATIONS))
+                self._doors.append(_Door(self.vcpu_path, _VCPU_OPERATIONS))
         except BaseException:
+            for door in self._doors:
+                door.close()
             os.close(self._wake_in)
             os.close(self._wake_out)
             raise
-        status = self.path.stat()
-        self._inode = (status.st_dev, status.st_ino)
 
     def serve(self) -> None:
         """Accepts connections until stop() is called."""
-        self._idle.clear()
+        with self._guard:  # close() in another thread sees this loop, or this loop sees close()
+            if self._stopping:
+                return
+            self._idle.clear()
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._listener, selectors.EVENT_READ)
+                for door in self._doors:
+                    selector.register(door.listener, selectors.EVENT_READ, door)
                 selector.register(self._wake_in, selectors.EVENT_READ)
                 while not self._stopping:
                     for key, _ in selector.select():
-                        if key.fileobj is self._listener:
-                            self._accept()
+                        if key.data is not None and not self._accept(key.data):
+                            time.sleep(ACCEPT_PAUSE)
         finally:
             self._idle.set()
 
@@ -136,15 +176,14 @@ class ProcessorServer:
             os.write(self._wake_out, b"\0")
 
     def close(self) -> None:
-        """Ends every connection and removes the socket. The machine stays as it is."""
+        """Ends every connection and removes the sockets. The machine stays as it is."""
         self.stop()
+        with self._guard:  # a serve() that comes later sees that it is too late
+            idle = self._idle
         # A selector forgets descriptors that are closed under it: serve() in another thread would never wake.
-        self._idle.wait(_JOIN_SECONDS)
-        self._listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            status = self.path.stat()
-            if (status.st_dev, status.st_ino) == self._inode:
-                self.path.unlink()
+        idle.wait(_JOIN_SECONDS)
+        for door in self._doors:
+            door.close()
         with self._guard:
             open_ones = dict(self._connections)
         for connection in open_ones:
@@ -152,10 +191,11 @@ class ProcessorServer:
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in open_ones.values():
             thread.join(_JOIN_SECONDS)
-        for descriptor in (self._wake_in, self._wake_out):
+        descriptors = (self._wake_in, self._wake_out)
+        self._wake_in = self._wake_out = -1
+        for descriptor in descriptors:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-        self._wake_in = self._wake_out = -1
 
     def __enter__(self) -> Self:
         return self
@@ -167,24 +207,32 @@ class ProcessorServer:
 
     # ---- Connections
 
-    def _accept(self) -> None:
+    def _accept(self, door: _Door) -> bool:
+        """Takes one connection. False: the system has no room for it now, and it waits still."""
         try:
-            connection, _ = self._listener.accept()
-        except OSError:  # it went away again, or descriptors are short: the others matter more
-            return
+            connection, _ = door.listener.accept()
+        except OSError as problem:  # it went away again, or descriptors are short: the others matter more
+            return problem.errno not in _SHORTAGES
         with self._guard:
             full = len(self._connections) >= CONNECTIONS_MAX
         if full or not _same_user(connection):
             connection.close()
-            return
-        thread = threading.Thread(target=self._talk, args=(connection,), name="csvfast-client", daemon=True)
+            return True
+        thread = threading.Thread(target=self._talk, args=(connection, door), name="csvfast-client", daemon=True)
         with self._guard:
             self._connections[connection] = thread
-        thread.start()
-
-    def _talk(self, connection: socket.socket) -> None:
         try:
-            while not self._stopping and self._exchange(connection):
+            thread.start()
+        except (RuntimeError, MemoryError):  # no more threads: one client less, not the end of all
+            with self._guard:
+                del self._connections[connection]
+            connection.close()
+            return False
+        return True
+
+    def _talk(self, connection: socket.socket, door: _Door) -> None:
+        try:
+            while not self._stopping and self._exchange(connection, door.operations):
                 pass
         except (OSError, EOFError):
             pass  # a client that left, stopped in the middle, or does not read its answers
@@ -194,22 +242,26 @@ class ProcessorServer:
                 self._connections.pop(connection, None)
             connection.close()
 
-    def _exchange(self, connection: socket.socket) -> bool:
+    def _exchange(self, connection: socket.socket, operations: Mapping[int, _Operation]) -> bool:
         """One request and its answer. False: the connection ends."""
-        header = _receive(connection, protocol.HEADER.size, idle=True)
+        header, limit = _receive_header(connection)
         if not header:
             return False
         code, length, tag = protocol.HEADER.unpack(header)
         if length > protocol.BODY_MAX:
             _answer(connection, ProtocolStatus.BAD_REQUEST, tag, f"a body of {length} bytes".encode())
             return False
-        body = _receive(connection, length)
+        body = _receive(connection, bytearray(length), limit)
         try:
-            operation = _OPERATIONS.get(code)
+            operation = operations.get(code)
             if operation is None:
+                if code in _OPERATIONS:
+                    raise _RefusedError(ProtocolStatus.WRONG_SOCKET, f"this socket is not for operation {code}")
                 raise _RefusedError(ProtocolStatus.UNKNOWN_OPERATION, f"there is no operation {code}")
             answer = operation(self._machine, body, connection)
             status = 0
+            if len(answer) > protocol.BODY_MAX:
+                raise _RefusedError(ProtocolStatus.NO_MEMORY, f"an answer of {len(answer)} bytes is too long")
         except _RefusedError as refusal:
             status, answer = refusal.status, str(refusal).encode()
         except FirmwareError as refusal:
@@ -315,7 +367,7 @@ def _guests(machine: LocalMachine, body: bytes, _holder: object) -> bytes:
     return b"".join(protocol.WORD.pack(handle) for handle in machine.guests())
 
 
-_OPERATIONS: Final[Mapping[int, Callable[[LocalMachine, bytes, object], bytes]]] = {
+_OPERATIONS: Final[Mapping[int, _Operation]] = {
     Operation.HELLO: _hello,
     Operation.COMMAND: _command,
     Operation.RING: _ring,
@@ -328,9 +380,37 @@ _OPERATIONS: Final[Mapping[int, Callable[[LocalMachine, bytes, object], bytes]]]
     Operation.GUEST_RANGES: _guest_ranges,
     Operation.GUESTS: _guests,
 }
+_VCPU_OPERATIONS: Final[Mapping[int, _Operation]] = {
+    Operation.GUEST_READ: _guest_read,
+    Operation.GUEST_WRITE: _guest_write,
+}
+_HOST_OPERATIONS: Final[Mapping[int, _Operation]] = {
+    code: operation for code, operation in _OPERATIONS.items() if code not in _VCPU_OPERATIONS
+}
 
 
 # ---- Socket ---------------------------------------------------------------------------------------------------------
+
+_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class _Door:
+    """A listening socket and what may be asked there."""
+
+    def __init__(self, path: Path, operations: Mapping[int, _Operation]) -> None:
+        self.operations = operations
+        self.path = path
+        self.listener = _listen(path)
+        status = path.lstat()
+        self._inode = (status.st_dev, status.st_ino)
+
+    def close(self) -> None:
+        """Removes the socket unless somebody else's stands there by now. Idempotent."""
+        self.listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            status = self.path.lstat()
+            if (status.st_dev, status.st_ino) == self._inode:
+                self.path.unlink()
 
 
 def _listen(path: Path) -> socket.socket:
@@ -375,33 +455,31 @@ def _remove_stale(path: Path) -> None:
 
 
 def _same_user(connection: socket.socket) -> bool:
-    _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return bool(user == os.geteuid())
+    return protocol.peer_user(connection) == os.geteuid()
 
 
-def _receive(connection: socket.socket, length: int, *, idle: bool = False) -> bytes:
-    """Exactly `length` bytes. With idle the first may take any time, and b"" means that the peer closed in order.
+def _receive_header(connection: socket.socket) -> tuple[bytes, float]:
+    """The next message's header, whose first byte may take any time, and when the whole message must have arrived. b"": the peer
+    closed in order. Raises: those of _receive()."""
+    data = bytearray(protocol.HEADER.size)
+    connection.settimeout(None)
+    count = connection.recv_into(data)
+    limit = time.monotonic() + MESSAGE_SECONDS
+    return (_receive(connection, data, limit, count) if count else b""), limit
 
-    Raises: EOFError (closed in the middle), OSError (TimeoutError: too slow).
-    """
-    data = bytearray(length)
-    view = memoryview(data)
-    done = 0
-    clock = time.monotonic
-    limit = clock() + MESSAGE_SECONDS
-    while done < length:
-        if idle and done == 0:
-            connection.settimeout(None)
-        else:
-            connection.settimeout(max(limit - clock(), 0.001))
-        count = connection.recv_into(view[done:])
-        if count == 0:
-            if idle and done == 0:
-                return b""
-            raise EOFError
-        if done == 0 and idle:
-            limit = clock() + MESSAGE_SECONDS
-        done += count
+
+def _receive(connection: socket.socket, data: bytearray, limit: float, done: int = 0) -> bytes:
+    """Fills `data` from `done` on, until `limit`. Raises: EOFError (closed in the middle), OSError (TimeoutError: too slow)."""
+    with memoryview(data) as view:
+        while done < len(data):
+            left = limit - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            connection.settimeout(left)
+            count = connection.recv_into(view[done:])
+            if count == 0:
+                raise EOFError
+            done += count
     return bytes(data)
 
 

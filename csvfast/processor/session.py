@@ -261,14 +261,15 @@ def make_session(
         raise LengthError(f"tek and tik have {len(tek)} and {len(tik)} bytes; expected {_KEY} each")
     master = derive(z, b"csv-master-secret", nonce, _MASTER)
     kek, kik = _wrapping_keys(master)
-    keys = bytearray(memoryview(tek)) + memoryview(tik)
+    keys = Secret.concatenate(tek, tik)
     try:
         wrap_tk = SM4CTR(kek, wrap_iv).encrypt(keys)
         wrap_mac = hmac_sm3(kik, wrap_iv + wrap_tk).digest()
         ms_enc = pdh.public_key.encrypt(master).ljust(_MS_ENC, b"\0")
     finally:
         z.wipe()
-        wipe(master, kek, kik, keys)
+        keys.wipe()
+        wipe(master, kek, kik)
     bound = b"".join((policy.to_bytes(), ms_enc, vm_digest, digest, vm_id, vm_version, user_data))
     blob = SessionBlob(
         nonce=nonce,

@@ -50,12 +50,13 @@ def make_amd_session(
         owner, pdh.public_key, pdh.public_key, _KEY, initiator=True, user_id=user_id, peer_user_id=pdh.user_id
     )
     kek, kik = _wrapping_keys(z, nonce)
-    keys = bytearray(memoryview(tek)) + memoryview(tik)
+    keys = Secret.concatenate(tek, tik)
     try:
         wrap_tk = bytes(_aes_ctr(kek, wrap_iv, keys))
         wrap_mac = _hmac(kik, wrap_tk)
     finally:
-        wipe(kek, kik, keys)
+        keys.wipe()
+        wipe(kek, kik)
     blob = nonce + wrap_tk + wrap_iv + wrap_mac + _hmac(tik, policy.to_bytes())
     return OwnerSession(make_dh_certificate(owner, user_id), blob, tek, tik, owner)
 
@@ -109,11 +110,12 @@ def _hmac(key: BytesLike, data: bytes) -> bytes:
         wipe(secret)
 
 
-def _aes_ctr(key: bytearray, iv: bytes, data: bytes | bytearray) -> bytearray:
+def _aes_ctr(key: bytearray, iv: bytes, data: BytesLike) -> bytearray:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    out = bytearray(len(data) + 15)
-    count = Cipher(algorithms.AES(key), modes.CTR(iv)).encryptor().update_into(data, out)
+    content = view_of(data)
+    out = bytearray(content.nbytes + 15)
+    count = Cipher(algorithms.AES(key), modes.CTR(iv)).encryptor().update_into(content, out)
     try:
         return out[:count]
     finally:

@@ -10,7 +10,11 @@
 The MAC is HMAC-SM3 under a key derived from the chip's root secret: a file that was damaged, cut or taken from another chip
 is refused, and so is one whose keys and certificates do not belong together. A change is written to a new file, synced to
 the disk and renamed over the old one, and the directory is synced: a kill or a power failure at any moment leaves the old state
-or the new one. Keys pass through buffers that are wiped.
+or the new one. If the directory cannot be synced, what was there is put back, so that a change which was reported as failed does
+not come true at the next start. Keys pass through buffers that are wiped.
+
+A directory belongs to the process that opened it: a child made by fork() is refused, and so is everybody once the directory has
+been replaced, opened to others, or lost its lock file.
 
 Thread-safety: load, save and erase may be called from any thread; the processor calls them under its lock.
 """
@@ -62,12 +66,13 @@ class StateDirectory:
             processor = Processor(storage.chip, memory, storage=storage)
     """
 
-    __slots__ = ("_lock", "_mutex", "chip", "path")
+    __slots__ = ("_lock", "_mutex", "_process", "chip", "path")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.abspath(path))  # noqa: PTH100  (the process may change its directory; links stay)
         self._lock: int | None = None
         self._mutex = threading.Lock()
+        self._process = os.getpid()
         check_private_directory(self.path)
         self._lock = _locked(self.path / LOCK_FILE)
         try:
@@ -94,53 +99,67 @@ class StateDirectory:
     def save(self, identity: PlatformIdentity) -> None:
         """Stores the keys; after it returns they survive a power failure.
 
-        Raises OSError, StateError. The old ones stay then, unless it was the directory that could not be synced: a power
-        failure decides in that case which of the two is found."""
+        Raises OSError, StateError. The old ones stay then; only a disk that fails again while they are put back leaves the new.
+        """
         with self._mutex:
             self._check_open()
+            file = self.path / STATE_FILE
+            before = _read_private(file)
             content = self._encode(identity)
-            temporary = self.path / _TEMPORARY
             try:
-                temporary.unlink(missing_ok=True)
-                _write_private(temporary, content)
-                temporary.replace(self.path / STATE_FILE)
-            except BaseException:
-                with suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-                raise
+                self._replace(content)
+                try:
+                    _sync_directory(self.path)
+                except BaseException:
+                    if before is None:
+                        file.unlink()
+                    else:
+                        self._replace(before)
+                    raise
             finally:
-                wipe(content)
-            _sync_directory(self.path)
+                wipe(content, before or bytearray())
 
     def erase(self) -> None:
-        """Back to factory state: the stored keys are overwritten and deleted. Raises OSError, StateError.
+        """Back to factory state: the stored keys are overwritten and deleted.
 
+        Raises OSError, StateError. The keys stay then, unless it was the overwriting that failed: they are deleted all the same.
         Overwriting is of little use on flash or copy-on-write file systems; there the directory must stand on encrypted storage.
         """
         with self._mutex:
             self._check_open()
             file = self.path / STATE_FILE
+            temporary = self.path / _TEMPORARY
             # Renamed first, so that no moment leaves a half-overwritten state behind.
             try:
-                file.replace(self.path / _TEMPORARY)
+                file.replace(temporary)
             except FileNotFoundError:
                 return
-            _sync_directory(self.path)
-            handle = os.open(self.path / _TEMPORARY, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                os.write(handle, bytes(STATE_BYTES))
-                os.fsync(handle)
+                _sync_directory(self.path)
+            except BaseException:
+                temporary.replace(file)
+                raise
+            try:
+                handle = os.open(temporary, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    _write_all(handle, bytearray(STATE_BYTES))
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
             finally:
-                os.close(handle)
-            (self.path / _TEMPORARY).unlink()
+                temporary.unlink()
             _sync_directory(self.path)
 
     def close(self) -> None:
         """Lets another process have the directory. Closing twice does nothing."""
         with self._mutex:
             if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+                handle, self._lock = self._lock, None
+                # A forked child may still have the descriptor: closing ours alone would leave the directory locked. The child's
+                # own close() must not unlock it for us.
+                if self._process == os.getpid():
+                    fcntl.flock(handle, fcntl.LOCK_UN)
+                os.close(handle)
 
     def __enter__(self) -> Self:
         return self
@@ -156,6 +175,27 @@ class StateDirectory:
     def _check_open(self) -> None:
         if self._lock is None:
             raise StateError(f"{self.path}: the directory has been closed")
+        if self._process != os.getpid():
+            raise StateError(f"{self.path}: process {self._process} opened it; a forked child cannot use it")
+        check_private_directory(self.path)
+        try:
+            there = (self.path / LOCK_FILE).lstat()
+        except FileNotFoundError:
+            there = None
+        if there is None or not os.path.samestat(there, os.fstat(self._lock)):
+            raise StateError(f"{self.path}: the directory or {LOCK_FILE} in it has been replaced since it was locked")
+
+    def _replace(self, content: bytearray) -> None:
+        """The state file by a new one, whole or not at all."""
+        temporary = self.path / _TEMPORARY
+        try:
+            temporary.unlink(missing_ok=True)
+            _write_private(temporary, content)
+            temporary.replace(self.path / STATE_FILE)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
     def _mac(self, body: memoryview) -> hmac_sm3:
         key = derive(self.chip.root_secret, b"csvfast-platform-state", b"", 32)
@@ -282,13 +322,17 @@ def _write_private(path: Path, content: bytearray) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         os.fchmod(handle, 0o600)  # a umask of 0777 would give less
-        with memoryview(content) as view:
-            done = 0
-            while done < len(view):
-                done += os.write(handle, view[done:])
+        _write_all(handle, content)
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _write_all(handle: int, content: bytearray) -> None:
+    with memoryview(content) as view:
+        done = 0
+        while done < len(view):
+            done += os.write(handle, view[done:])
 
 
 def _sync_directory(path: Path) -> None:

@@ -109,6 +109,8 @@ class LaunchedGuest:
 class Host:
     """Drives a machine.
 
+    Attributes: machine. unfinished: handle of a guest that abandon() could not stop, since the connection is gone; else None.
+
     with Host(machine) as host:
         host.initialise(es=True)
         guest = host.launch(GuestPlan(firmware="OVMF.fd"))
@@ -118,6 +120,7 @@ class Host:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self.unfinished: int | None = None
         self._block = machine.allocate(PAGE)
 
     def close(self) -> None:
@@ -193,8 +196,7 @@ class Host:
                 lambda place: self.run(Command.LAUNCH_MEASURE, handle=handle, address=place, length=MEASURE_BYTES),
             )
         except BaseException:
-            with suppress(CsvfastError, OSError):
-                self.stop(handle)
+            self.abandon(handle)
             raise
         return LaunchedGuest(handle, asid, predicted, measurement, secret_area)
 
@@ -304,8 +306,7 @@ class Host:
             with Source(plan.firmware) as source:
                 other = GuidTable.read(source).reset_address()
         for index in range(plan.vcpus):
-            place = self.machine.allocate(PAGE)
-            self.machine.assign(place, handle, _SAVE_AREAS + index * PAGE)
+            place = self._give(handle, PAGE, _SAVE_AREAS + index * PAGE)
             self.machine.write(place, vmsa_page(BSP_ADDRESS if index == 0 else other, plan.cpu_signature))
             self.run(Command.LAUNCH_UPDATE_VMSA, handle=handle, address=place, length=PAGE)
 
@@ -338,6 +339,13 @@ class Host:
         """DEACTIVATE and DECOMMISSION; the guest's frames are free afterwards."""
         self.run(Command.DEACTIVATE, handle=handle)
         self.run(Command.DECOMMISSION, handle=handle)
+
+    def abandon(self, handle: int) -> None:
+        """stop() in the course of another failure, which it must not hide: what cannot be stopped is noted in `unfinished`."""
+        try:
+            self.stop(handle)
+        except (CsvfastError, OSError):
+            self.unfinished = handle
 
     # ---- Behind it
 

@@ -30,7 +30,6 @@ __all__ = ["read_json", "write_json"]
 _NAME: Final = "evidence JSON"
 _DEPTH_LIMIT: Final = 32
 _BRACKETS: Final = re.compile(r"[\[\]{}]")
-_STRING: Final = re.compile(r'"[^"]*"')  # of a document without backslashes
 _KINDS: Final[dict[type, str]] = {
     dict: "an object",
     list: "a list",
@@ -40,9 +39,8 @@ _KINDS: Final[dict[type, str]] = {
     int: "a number",
     type(None): "null",
 }
-_BYTE_LIST: Final = re.compile(r"\[([0-9, ]+)\]")
 _ZEROS: Final = ",0" * 16
-_BYTES: Final = {str(value): bytes([value]) for value in range(256)} | {"z": bytes(16)}
+_BYTES: Final = {str(value): bytes([value]) for value in range(256)} | {"\\": bytes(16)}
 
 # Certificates as lists of leaves in the order of their bytes: (path, size in bytes, kind). "int": a number, little-endian;
 # "bytes": a list of integers. csv-rs' structures are these bytes in this order.
@@ -189,21 +187,26 @@ def _load_quickly(text: str) -> Any:
     """The document, its lists of bytes as `bytes`; None when `_parse` has to look at it.
 
     json spends its time on the ten thousand numbers. Here each list of plain numbers 0 .. 255 is taken out before, and a
-    string that starts with a NUL stands in its place: no other string can, in a document without backslashes. Only what is right
-    takes this way: whatever is wrong is read again by `_parse`, which knows where.
+    string that starts with a NUL stands in its place: no other string can, in a document without backslashes. A list inside a
+    string is no list: there the mark's quote ends the string, and no JSON goes on with a backslash. Only what is right takes this
+    way: whatever is wrong is read again by `_parse`, which knows where.
     """
-    if "\\" in text or "[" in "".join(_STRING.findall(text)):
+    if "\\" in text:
         return None
     lists: list[bytes] = []
-
-    def take_list(found: re.Match[str]) -> str:
-        # Runs of zeros are most of a certificate. A run that cuts a number short leaves a token that is no key.
-        tokens = found[1].replace(", ", ",").replace(_ZEROS, ",z").split(",")
+    first, *parts = text.split("[")
+    compact = [first]
+    for part in parts:
+        content, bracket, rest = part.partition("]")
+        # Runs of zeros are most of a certificate; a backslash, which the text has none of, stands for sixteen. One that cuts a
+        # number short leaves a token that is no key.
+        tokens = content.replace(", ", ",").replace(_ZEROS, ",\\").split(",") if bracket else [""]
         try:
             lists.append(b"".join(map(_BYTES.__getitem__, tokens)))
         except KeyError:
-            return found[0]
-        return f'"\\u0000{len(lists) - 1}"'
+            compact.append(f"[{part}")
+        else:
+            compact.append(f'"\\u0000{len(lists) - 1}"{rest}')
 
     def take_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = _unique(pairs)
@@ -212,9 +215,8 @@ def _load_quickly(text: str) -> Any:
                 members[name] = lists[int(value[1:])]
         return members
 
-    compact = _BYTE_LIST.sub(take_list, text)
     try:
-        return _parse(compact, take_members)
+        return _parse("".join(compact), take_members)
     except FormatError:
         return None
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
+from typing import Any
 
 import pytest
 from attest.simulated_evidence import Platform
 
 from csvfast.attest import ChainCache, Verified, verify, verify_many
+from csvfast.crypto import sm2_verify_many
 from csvfast.errors import ArgumentError, CsvfastError, VerificationError
 from csvfast.report import Evidence, Report
 
+verify_module = sys.modules["csvfast.attest.verify"]
 LINE = Platform().line
 PLATFORMS = [Platform(LINE) for _ in range(3)]
 ROOTS = [LINE.root]
@@ -93,6 +97,29 @@ def test_a_chain_whose_first_report_is_unreadable_is_still_verified() -> None:
     assert steps == ["report signature", "CEK", "CEK"]
 
 
+def test_a_batch_checks_each_chain_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def counting(keys: Any, signatures: Any, digests: Any) -> list[bool]:
+        counts.append(len(keys))
+        return sm2_verify_many(keys, signatures, digests)
+
+    monkeypatch.setattr(verify_module, "sm2_verify_many", counting)
+    evidence = [platform.evidence() for platform in PLATFORMS for _ in range(5)]
+    assert all(isinstance(one, Verified) for one in verify_many(evidence, roots=ROOTS))
+    assert counts == [3 * 3 + 15]  # HSK, CEK and PEK of three chips, and fifteen reports
+
+
+def test_batches_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain that failed in one piece is not taken as known in the next."""
+    monkeypatch.setattr(verify_module, "_CHUNK", 4)
+    certificates = bytearray(PLATFORMS[0].hsk_cek)
+    certificates[832 + 1052] ^= 1
+    wrong = Evidence(PLATFORMS[0].evidence().report, hsk_cek=bytes(certificates))
+    results = verify_many([wrong, PLATFORMS[0].evidence()] * 10, roots=ROOTS, cache=ChainCache())
+    assert [isinstance(one, Verified) for one in results] == [False, True] * 10
+
+
 def test_empty_batches_and_roots() -> None:
     assert verify_many([], roots=ROOTS) == []
     assert [outcome(result)[0] for result in verify_many([b"x"], roots=ROOTS)] == ["FormatError"]
@@ -118,6 +145,13 @@ def test_cache_is_bounded_and_counts() -> None:
     assert len(cache) == 0
     with pytest.raises(ArgumentError):
         ChainCache(0)
+
+
+def test_the_least_recently_used_goes() -> None:
+    cache = ChainCache(2)
+    for index in (0, 1, 0, 2, 0):
+        verify(PLATFORMS[index].evidence(), roots=ROOTS, cache=cache)
+    assert (cache.stats()["hits"], cache.stats()["misses"]) == (2, 3)
 
 
 def test_roots_and_rules_are_part_of_the_key() -> None:

@@ -159,6 +159,12 @@ def test_this_exchange() -> None:
     assert appraise(V1, policy, report_data=REPORT_DATA.rstrip(b"\0"), mnonce=MNONCE).allowed
     names = [one.name for one in appraise(V1, policy, report_data=b"other", mnonce=bytes(16)).violations]
     assert names == ["report_data", "mnonce"]
+    # What the policy says and what this exchange expects must both hold.
+    both = AppraisalPolicy.from_dict({"any_measurement": True, "report_data": REPORT_DATA.hex(), "mnonce": MNONCE.hex()})
+    assert appraise(V1, both, report_data=REPORT_DATA, mnonce=MNONCE).allowed
+    assert len(appraise(V1, both, report_data=b"other", mnonce=bytes(16)).violations) == 2
+    neither = AppraisalPolicy.from_dict({"any_measurement": True, "report_data": "ab", "mnonce": "00" * 16})
+    assert len(appraise(V1, neither, report_data=REPORT_DATA, mnonce=MNONCE).violations) == 2
     with pytest.raises(LengthError):
         appraise(V1, policy, report_data=bytes(65))
     with pytest.raises(LengthError):

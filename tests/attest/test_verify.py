@@ -348,6 +348,12 @@ def test_event_log(platform: Platform) -> None:
         foreign = build_log([*((register, 0x0D, digest, b"event") for register, digest in EVENTS), (register, 4, bytes(32), b"")])
         refused("event log", evidence(foreign), roots=platform.roots)
     refused("event log", evidence(log, Report.parse(platform.page_v2(rtmrs=RTMRS))), roots=platform.roots)
+    for index in range(1, 5):  # each register, also one that no event extends
+        wrong = [bytes(32) if number == index and number < 4 else value for number, value in enumerate(rtmrs)]
+        wrong[4] = bytes(32) if index < 4 else b"\x01" * 32
+        other = evidence(log, Report.parse(platform.page_v2(rtmrs=wrong)))
+        refused("event log", other, roots=platform.roots)
+        assert "uefi_event_logs" not in claims(other)
     v1 = Evidence(Report.parse(platform.page_v1()), hsk_cek=platform.hsk_cek, event_log=log, encoding="json")
     assert verify(v1, roots=platform.roots).unchecked[-1].name == "event log"
 

@@ -26,6 +26,7 @@ from csvfast.certs import (
     roots,
     verify_root,
 )
+from csvfast.certs.chain import _verified_root
 from csvfast.certs.factory import CA_FIELDS, CSV_FIELDS, ChainFactory, altered, fields_of, raw
 from csvfast.certs.fields import from_field, shown, to_field
 from csvfast.crypto import SM2PrivateKey
@@ -44,7 +45,7 @@ def test_root_is_the_published_file(hygon_data: Path) -> None:
 
 
 def test_root_has_the_pinned_fingerprint_and_signs_itself() -> None:
-    chain._verified_root.cache_clear()  # or another object with the same bytes may be the one that was prepared
+    _verified_root.cache_clear()  # or another object with the same bytes may be the one that was prepared
     root = hygon_root()
     assert root is hygon_root()
     assert fingerprint(root) == HYGON_ROOT_FINGERPRINT
@@ -193,6 +194,17 @@ def test_lengths(length: int) -> None:
     for kind in (CaCertificate, CsvCertificate):
         with pytest.raises(FormatError, match=f"{length} bytes"):
             kind.parse(bytes(length))
+
+
+def test_an_empty_slot_does_not_cover_for_the_other(factory: ChainFactory) -> None:
+    pek = CsvCertificate.parse(factory.encodings["PEK"])
+    for empty, other in ((1, 2), (2, 1)):
+        encoded = pek.with_empty_slot(empty).encoded
+        for number in ("r", "s"):
+            offset = CSV_FIELDS[f"slot{other}_{number}"][0] + 32
+            with pytest.raises(FormatError, match=f"slot {other} {number}"):
+                CsvCertificate.parse(raw(encoded, offset, b"\1"))
+            CsvCertificate.parse(raw(encoded, CSV_FIELDS[f"slot{empty}_{number}"][0] + 32, b"\1"))
 
 
 def test_user_id_length_field(factory: ChainFactory) -> None:

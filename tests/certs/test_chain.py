@@ -60,12 +60,25 @@ def test_tolerant_mode_looks_for_the_root_by_signature(factory: ChainFactory) ->
     """Where key ids do not count, neither does the order of the roots."""
     chain, (root,) = factory.chain(factory.wrong("HSK", "certifying_id", hygon_root().key_id))
     chain = replace(chain, hrk=None)
-    for roots in ([root], [root, hygon_root()], [hygon_root(), root]):
+    other = CaCertificate.parse(ChainFactory().encodings["HRK"])
+    for roots in ([root], [root, hygon_root()], [hygon_root(), root], [hygon_root(), root, other]):
         assert verify_chain(chain, roots, strict=False) == root
         with pytest.raises(VerificationError):
             verify_chain(chain, roots)
     with pytest.raises(VerificationError, match="the signature by the HRK is not valid"):
         verify_chain(chain, [hygon_root()], strict=False)
+
+
+@BOTH
+def test_an_owner_is_certified_by_nobody_else(factory: ChainFactory, strict: bool) -> None:
+    """Another OCA's valid signature makes no OCA, nor another root's a root."""
+    other = ChainFactory()
+    oca = CsvCertificate.parse(factory.encodings["OCA"]).with_signature(1, other.keys["OCA"], KeyUsage.OCA, b"HYGON-SSD-OCA")
+    with pytest.raises(VerificationError, match="OCA: not signed by itself"):
+        verify_certificate(oca, CsvCertificate.parse(other.encodings["OCA"]), strict=strict)
+    root = CaCertificate.parse(factory.encodings["HRK"]).with_signature(other.keys["HRK"], b"HYGON-SSD-HRK")
+    with pytest.raises(VerificationError, match="HRK: not signed by itself"):
+        verify_certificate(root, CaCertificate.parse(other.encodings["HRK"]), strict=strict)
 
 
 def test_steps_that_are_no_roles(factory: ChainFactory) -> None:
@@ -250,6 +263,11 @@ def test_tolerant_mode_tries_every_slot_of_the_issuer(factory: ChainFactory) -> 
     chain, roots = factory.chain(factory.encodings | {"PEK": none.encoded})
     with pytest.raises(VerificationError, match="not valid"):
         verify_chain(replace(chain, oca=None), roots, strict=False)
+    for algorithm in (KeyAlgorithm.NONE, KeyAlgorithm.ECDSA_SHA256, 6):  # a valid signature, called something else
+        named = pek.with_slot(1, pek.slots[0]._replace(algorithm=algorithm))
+        chain, roots = factory.chain(factory.encodings | {"PEK": named.encoded})
+        with pytest.raises(VerificationError, match="no slot holds"):
+            verify_chain(replace(chain, oca=None), roots, strict=False)
     empty = pek.with_empty_slot(1).with_empty_slot(2)
     chain, roots = factory.chain(factory.encodings | {"PEK": empty.encoded})
     with pytest.raises(VerificationError, match="no slot holds"):

@@ -52,3 +52,34 @@ def test_failures_are_raised_and_forgotten() -> None:
     with pytest.raises(LookupError, match="nobody"):
         flight.run("a", fail)
     assert flight.run("a", lambda: 1) == 1
+
+
+def test_an_interruption_is_one_threads_own() -> None:
+    """Ctrl-C ends the thread that does the work; who waited for it does the work itself."""
+    flight: SingleFlight[int] = SingleFlight()
+    started, release = threading.Event(), threading.Event()
+    outcomes: list[object] = []
+
+    def interrupted() -> int:
+        started.set()
+        release.wait(10)
+        raise KeyboardInterrupt
+
+    def first() -> None:
+        try:
+            flight.run("x", interrupted)
+        except KeyboardInterrupt as stop:
+            outcomes.append(type(stop))
+
+    def second() -> None:
+        outcomes.append(flight.run("x", lambda: 7))
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert started.wait(10)
+    threads[1].start()
+    time.sleep(0.05)  # so that the second one waits
+    release.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(map(str, outcomes)) == ["7", "<class 'KeyboardInterrupt'>"]

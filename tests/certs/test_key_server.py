@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from csvfast.certs import CertificateStore, KeyServerClient, KeyServerError, ManufacturingLine
+from csvfast.certs import CaCertificate, CertificateStore, KeyServerClient, KeyServerError, ManufacturingLine
 from csvfast.certs.factory import altered
 from csvfast.errors import ArgumentError, CsvfastError, FormatError, VerificationError
 
@@ -510,3 +510,11 @@ def test_late_comers_find_what_others_fetched(client: KeyServerClient, server: S
     found = store.find("GOOD8")
     assert store._fetch("GOOD8", client) == found
     assert server.requests == {"GOOD8": 1}
+
+
+def test_a_root_that_does_not_sign_itself(server: Server, context: ssl.SSLContext, line: ManufacturingLine) -> None:
+    broken = CaCertificate.parse(altered(line.root.encoded, r=bytes(31) + b"\1"))
+    server.line = ManufacturingLine.create()
+    server.line.root = broken
+    with pytest.raises(VerificationError, match="HRK: the signature by itself is not valid"):
+        KeyServerClient(f"https://localhost:{server.server_port}", roots=[broken], context=context).hrk()

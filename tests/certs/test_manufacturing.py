@@ -294,3 +294,61 @@ def test_csv_layout_is_that_of_a_real_platform(line: ManufacturingLine, real_evi
     for start in (20, 92, 1052, 1124, 1572, 1644):
         ours[start : start + 32] = real[start : start + 32] = bytes(32)
     assert ours == real
+
+
+def test_a_full_disk(line: ManufacturingLine, tmp_path: Path) -> None:
+    """A write that is cut short in the middle of a file leaves nothing, neither of the name nor beside it."""
+    line.make_chip("SIM1").save(tmp_path / "good")
+    program = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from csvfast.certs import CertificateStore, ChipIdentity, ManufacturingLine\n"
+        "target = Path(sys.argv[1])\n"
+        "chip = ChipIdentity.load(target / 'good')\n"
+        "line = ManufacturingLine.create()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+        "store = CertificateStore([], cache=target / 'cache')\n"
+        "calls = [lambda: chip.save(target / 'chip'), lambda: line.save(target / 'line')]\n"
+        "calls.append(lambda: store.add('SIM1', chip.hsk, chip.cek))\n"
+        "for call in calls:\n"
+        "    try:\n"
+        "        call()\n"
+        "        print('done')\n"
+        "    except OSError as error:\n"
+        "        print(error.strerror)\n"
+    )
+    for limit, lines in ((100, "File too large\n" * 3), (1000, "File too large\ndone\nFile too large\n")):
+        command = [sys.executable, "-P", "-c", program, str(tmp_path), str(limit)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout == lines
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+        assert {name for name in left if not name.startswith(("good", "line"))} == {"cache", "cache/SIM1"}
+        assert ("line" in left) == (limit == 1000)
+
+
+def test_permissions_do_not_depend_on_the_umask(line: ManufacturingLine, tmp_path: Path) -> None:
+    usual = os.umask(0)
+    try:
+        line.make_chip().save(tmp_path / "chip")
+        line.save(tmp_path / "line")
+        write_private_file(tmp_path / "deep" / "file", b"content")
+    finally:
+        os.umask(usual)
+    for name in ("chip", "line", "deep"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir()} == {0o600}
+
+
+def test_the_import_is_light() -> None:
+    """HTTP, TLS and logging are loaded by who asks a key server, not by who verifies a chain."""
+    program = (
+        "import sys, csvfast\n"
+        "before = set(sys.modules)\n"
+        "import csvfast.certs as certs\n"
+        "print(sorted((set(sys.modules) - before) & {'http.client', 'ssl', 'logging', 'shutil', 'concurrent.futures'}))\n"
+        "print(certs.KeyServerClient.__module__, certs.KeyServerError.__module__, 'ssl' in sys.modules)\n"
+        "from csvfast.certs import *\n"
+        "print(KeyServerClient is certs.KeyServerClient, hasattr(certs, 'KeyServer'))\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == ["[]", "csvfast.certs.key_server csvfast.certs.key_server True", "True False"]

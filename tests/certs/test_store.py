@@ -243,6 +243,18 @@ def test_importing_a_file(tmp_path: Path, chip: ChipIdentity, line: Manufacturin
         store.import_bundle(tmp_path / "missing.cert", roots=[line.root])
 
 
+def test_importing_a_file_with_a_strange_root_in_it(tmp_path: Path, chip: ChipIdentity, line: ManufacturingLine) -> None:
+    """HSK and CEK would hang from the trusted root; what else the file holds must be genuine, too."""
+    store = CertificateStore([], cache=tmp_path / "cache")
+    file = tmp_path / f"{chip.chip_id}_hsk_cek.cert"
+    file.write_bytes(ManufacturingLine.create().root.encoded + chip.hsk_cek)
+    with pytest.raises(VerificationError, match="is not trusted"):
+        store.import_bundle(file, roots=[line.root])
+    assert not (tmp_path / "cache").exists()
+    file.write_bytes(line.root.encoded + chip.hsk_cek)
+    assert store.import_bundle(file, roots=[line.root]) == [chip.chip_id]
+
+
 def test_importing_a_directory(tmp_path: Path, line: ManufacturingLine) -> None:
     chips = [line.make_chip(f"SIM{number}") for number in range(4)]
     source = tmp_path / "in"

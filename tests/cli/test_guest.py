@@ -28,6 +28,7 @@ FIRMWARE = ovmf.good(size=65536)
 DIGEST = sm3(FIRMWARE).hexdigest()
 SECRET_AREA = 0x80F000  # of ovmf.good()
 Command = Callable[..., tuple[int, str, str]]
+OWNER = ["--session", "none", "--disk-password", "password", "--measurement", "00" * 48, "--expect", "00" * 32]
 
 
 @pytest.fixture
@@ -277,6 +278,108 @@ def test_a_failed_launch_leaves_nothing(socket: Path, command: Command) -> None:
     assert done(command, "guest", "status", *server) == {"guests": []}
 
 
+@pytest.mark.parametrize("digest", ["", "00" * 32, "@empty"])
+def test_a_digest_that_allows_everything_is_none(folder: Path, command: Command, digest: str) -> None:
+    """--vm-digest "$D" with an empty variable must not make a session for any guest."""
+    Path("empty").write_bytes(b"")
+    options = ["--root", "chip/root.cert", "--out", "session", "--vm-digest", digest]
+    code, out, err = command("guest", "session", export_pdh(), *options)
+    assert (code, out) == (2, "")
+    assert "--vm-digest" in err
+    assert not Path("session").exists()
+
+
+def test_an_empty_policy_is_not_the_default(folder: Path, command: Command) -> None:
+    code, _, err = command("guest", "launch", "--state", "chip", "--firmware", "firmware", "--policy", "")
+    assert code == 2
+    assert "is no number" in err
+
+
+def test_a_report_to_standard_output_is_all_there_is(folder: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    launch = ["guest", "launch", "--state", "chip", "--firmware", "firmware", "--report", "-"]
+    assert main(launch) == 0
+    assert read_evidence(capsysbinary.readouterr().out).report.measure.hex() == DIGEST
+    assert main([*launch, "--json"]) == 2
+    assert b"both want standard output" in capsysbinary.readouterr().err
+
+
+def test_another_digest_than_predicted(socket: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The firmware's file changes between prediction and launch: no report is left, and no guest."""
+    real = Host._load
+
+    def changed(self: Host, *arguments: Any) -> Any:
+        Path("firmware").write_bytes(FIRMWARE[:-100] + b"\xff" + FIRMWARE[-99:])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Host, "_load", changed)
+    code, out, err = command("guest", "launch", "--socket", "socket", "--firmware", "firmware", "--report", "report")
+    assert (code, out) == (1, "")
+    assert "another launch digest" in err
+    assert not Path("report").exists()
+    assert done(command, "guest", "status", "--socket", "socket") == {"guests": []}
+
+
+@pytest.mark.parametrize("moment", ["LAUNCH_UPDATE_DATA", "ATTESTATION"])
+def test_ctrl_c_in_a_request_leaves_no_guest(
+    socket: Path, command: Command, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The answer never came, so the connection cannot be used any more; the guest goes through a new one."""
+    from csvfast.processor.client import RemoteMachine
+    from csvfast.processor.commands import Command as Id
+
+    real = RemoteMachine.command
+
+    def interrupted(self: RemoteMachine, command_id: int, address: int) -> FirmwareStatus:
+        if command_id == Id[moment] and moment not in seen:
+            seen.append(moment)
+            assert self.guests() != []
+            self._host.close()
+            raise KeyboardInterrupt
+        return real(self, command_id, address)
+
+    seen: list[str] = []
+    monkeypatch.setattr(RemoteMachine, "command", interrupted)
+    code, out, err = command("guest", "launch", "--socket", "socket", "--firmware", "firmware")
+    assert (code, out, err) == (130, "", "csvfast: interrupted\n")
+    assert seen
+    assert done(command, "guest", "status", "--socket", "socket") == {"guests": []}
+
+
+def test_a_failure_is_not_hidden_by_the_next(socket: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Host, handle: int) -> None:
+        raise OSError("the first failure")
+
+    monkeypatch.setattr(Host, "finish", fail)
+    monkeypatch.setattr(Host, "stop", lambda self, handle: self.machine.close() or self.machine.guests())
+    code, _, err = command("guest", "launch", "--socket", "socket", "--firmware", "firmware")
+    assert code == 3
+    assert "the first failure" in err
+
+
+def test_two_sockets(folder: Path, command: Command) -> None:
+    shared = open_shared_memory(32 << 20, asid_max=4)
+    with Processor.open("chip", shared.memory) as processor:
+        machine = LocalMachine(processor)
+        with Host(machine) as host:
+            host.initialise()
+        with ProcessorServer(machine, shared.descriptor, "host", vcpu_path="vcpu") as server:
+            thread = threading.Thread(target=server.serve)
+            thread.start()
+            launch = ["guest", "launch", "--socket", "host", "--firmware", "firmware"]
+            code, _, err = command(*launch)
+            assert code == 2
+            assert "this socket is not for operation" in err, "the report is the guest's own doing"
+            assert done(command, "guest", "status", "--socket", "host") == {"guests": []}
+            record = done(command, *launch, "--vcpu-socket", "vcpu")
+            assert record["digest"] == DIGEST
+            report = ["guest", "report", record["handle"], "--socket", "host", "--out", "report"]
+            assert command(*report)[0] == 2
+            assert done(command, *report, "--vcpu-socket", "vcpu")["digest"] == DIGEST
+            server.close()
+            thread.join(10)
+    shared.close()
+
+
 # ---- Misuse ---------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +406,13 @@ def test_a_failed_launch_leaves_nothing(socket: Path, command: Command) -> None:
             2,
             "either --socket",
         ),
+        (["launch", "--firmware", "firmware", "--state", "chip", "--vcpu-socket", "v"], 2, "without --socket"),
+        (["secret", *OWNER, "--socket", "s"], 2, "--handle and --address"),
+        (["secret", *OWNER, "--socket", "s", "--handle", "1", "--address", "x"], 2, "is no number"),
+        (["secret", *OWNER, "--out", "o", "--api", "1.4"], 2, "--api"),
+        (["secret", *OWNER, "--out", "o", "--api", "1.400/2337"], 2, "--api"),
+        (["secret", *OWNER, "--out", "o", "--api", "1.4/-1"], 2, "--api"),
+        (["secret", *OWNER, "--out", "o"], 3, "no such directory"),
     ],
 )
 def test_misuse(folder: Path, command: Command, arguments: list[str], code: int, words: str) -> None:

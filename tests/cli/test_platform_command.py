@@ -84,6 +84,11 @@ def test_the_life_of_a_platform(csvfast_command: Run, home: Path, tmp_path: Path
     assert run("cert", "verify", "pdh.cert", "chain.cert", "hsk_cek.cert").returncode == 1
     parse_bundle((tmp_path / "chain.cert").read_bytes())
 
+    # A usage error leaves neither a key nor a certificate behind.
+    mixed = run("platform", "sign-csr", "pek.csr", "--key", "new.pem", "--oca", "new.cert", "--json")
+    assert mixed.returncode == 2
+    assert not list(tmp_path.glob("new.*"))
+
     # And back.
     assert record(run("platform", "pek-gen", "chip", "--json"))["owner"] == "self"
     assert record(run("platform", "reset", "chip", "--yes", "--json"))["keys"] == "none"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import gc
 import random
+import signal
 import sys
 import threading
 import time
@@ -398,6 +400,60 @@ class TestVerifyMany:
         signatures = [self.signatures[i % 23] if i % 7 else self.signatures[(i + 1) % 23] for i in range(count)]
         digests = [self.digests[i % 23] for i in range(count)]
         assert sm2_verify_many(keys, signatures, digests) == [i % 7 != 0 for i in range(count)]
+
+    def test_nothing(self):
+        assert sm2_verify_many([], [], []) == sm2_verify_many((), b"", b"") == []
+        with pytest.raises(LengthError, match="signatures has 1 bytes; expected 0"):
+            sm2_verify_many([], b"a", b"")
+        with pytest.raises(LengthError, match="there are 1 digests for 0 keys"):
+            sm2_verify_many([], [], [bytes(32)])
+
+    def test_more_than_one_piece(self, sm2_many_kernel):
+        """The binding looks at the signals every 2048 signatures."""
+        for key in self.keys:
+            key.prepare()
+        count = 2048 + 2048 + 5
+        good = [self.signatures[0], self.signatures[1]]
+        wrong = {0, 2047, 2048, 4095, 4096, count - 1}
+        signatures = [good[(index + (index in wrong)) % 2] for index in range(count)]
+        keys = [self.keys[index % 2] for index in range(count)]
+        digests = [self.digests[index % 2] for index in range(count)]
+        found = sm2_verify_many(keys, signatures, digests)
+        assert {index for index in range(count) if not found[index]} == wrong
+
+    def test_a_signal_ends_a_long_call(self):
+        key = private(D)
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        count = 60_000
+        arguments = [key.public_key] * count, key.sign_digest(bytes(32)) * count, bytes(32 * count)
+        usual = signal.signal(signal.SIGALRM, stop)
+        try:
+            begin = time.thread_time()
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                sm2_verify_many(*arguments)
+            stopped = time.thread_time() - begin
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, usual)
+        begin = time.thread_time()
+        sm2_verify_many(*(part[: len(part) // 10] for part in arguments))
+        assert stopped < 5 * (time.thread_time() - begin)  # all of them would take ten times as long
+
+    def test_lists_that_change_meanwhile(self):
+        keys = [SM2PublicKey(key.point) for key in self.keys[:5]]
+
+        class Hostile(list):
+            def __iter__(self):
+                keys.clear()
+                gc.collect()
+                return super().__iter__()
+
+        assert sm2_verify_many(keys, Hostile(self.signatures[:5]), Hostile(self.digests[:5])) == [True] * 5
+        assert keys == []
 
     def test_refused(self):
         keys, signatures, digests = self.keys[:3], self.signatures[:3], self.digests[:3]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import pickle
+import sys
+import threading
 import traceback
 
 import numpy as np
 import pytest
 
-from csvfast.crypto import Secret, SM2PrivateKey, SM2PublicKey, load_private_key
+from csvfast.crypto import Secret, SM2PrivateKey, SM2PublicKey, load_private_key, sm2_verify_many
 from csvfast.errors import (
     AddressError,
     ArgumentError,
     ClosedError,
     CsvfastError,
     KeyExposureError,
+    KeyRangeError,
     LengthError,
     NonContiguousBufferError,
 )
@@ -240,6 +244,118 @@ def test_keys_cannot_be_changed_or_half_made():
         bytes(Secret.__new__(Secret))
     with pytest.raises(TypeError):
         SM2PublicKey.__new__(SM2PublicKey)
+
+
+def test_two_threads_cannot_make_one_key_twice():
+    """The second key would be written over the first while somebody signs with it."""
+    for _ in range(100):
+        key = SM2PrivateKey.__new__(SM2PrivateKey)
+        start = threading.Barrier(2)
+        outcomes = []
+
+        def make(secret, key=key, start=start, outcomes=outcomes):
+            start.wait()
+            try:
+                key.__init__(secret)
+                outcomes.append(secret)
+            except ArgumentError:
+                pass
+
+        threads = [threading.Thread(target=make, args=(bytes([number]) * 32,)) for number in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (secret,) = outcomes
+        assert key.secret().equals(secret)
+        assert key.public_key == SM2PrivateKey(secret).public_key
+
+
+def test_a_secret_wiped_while_others_use_it():
+    """Whoever comes too late is refused or reads zeros, which are no key."""
+    wanted = SM2PrivateKey(D).public_key
+    for _ in range(50):
+        secret = Secret(D)
+        start = threading.Barrier(4)
+        problems = []
+
+        def use(secret=secret, start=start, problems=problems):
+            start.wait()
+            for _ in range(5):
+                try:
+                    assert SM2PrivateKey(secret).public_key == wanted
+                except (ClosedError, KeyRangeError):
+                    continue
+                except BaseException as problem:
+                    problems.append(problem)
+
+        def wipe(secret=secret, start=start):
+            start.wait()
+            secret.wipe()
+
+        threads = [threading.Thread(target=use) for _ in range(3)] + [threading.Thread(target=wipe)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert problems == []
+
+
+def test_a_view_keeps_the_secret_alive():
+    view = memoryview(Secret(D))
+    gc.collect()
+    assert bytes(view) == D
+    assert view.readonly
+    with pytest.raises(TypeError):
+        view[0] = 1
+
+
+def test_nothing_holds_a_buffer_after_a_refusal():
+    """A bytearray with a view on it cannot grow: a buffer that was not given back on an error path shows here."""
+    key = SM2PrivateKey(D)
+    public = key.public_key
+    odd, signature, digest = bytearray(100), bytearray(64), bytearray(32)
+    strided = memoryview(bytes(100))[::2]
+    calls = [
+        lambda: public.verify(signature, odd),
+        lambda: public.verify(odd, odd),
+        lambda: public.verify(signature, strided),
+        lambda: public.verify(signature, odd, user_id=strided),
+        lambda: public.verify(signature, odd, user_id=bytearray(9000)),
+        lambda: public.verify_digest(signature, odd),
+        lambda: public.encrypt(odd, _nonce=digest),
+        lambda: public.encrypt(odd, _nonce=odd),
+        lambda: public.encrypt(bytearray()),
+        lambda: key.decrypt(odd),
+        lambda: key.decrypt(signature),
+        lambda: key.decrypt_secret(odd),
+        lambda: key.sign(odd, user_id=strided),
+        lambda: key.sign_digest(odd),
+        lambda: key.sign_digest(digest, _nonce=digest),
+        lambda: SM2PublicKey(odd),
+        lambda: SM2PublicKey(signature),
+        lambda: SM2PrivateKey(odd),
+        lambda: SM2PrivateKey(digest),
+        lambda: sm2_verify_many([public] * 2, [signature] * 2, [digest, odd]),
+        lambda: sm2_verify_many([public, odd], [signature] * 2, [digest] * 2),
+        lambda: sm2_verify_many([public], signature, strided),
+        lambda: Secret(strided),
+        lambda: Secret(bytearray()),
+        lambda: Secret(D).equals(strided),
+        lambda: Secret.concatenate(odd, strided),
+        lambda: Secret.concatenate(odd, 1),
+        lambda: key.agree(key, public, public, 16, initiator=True, user_id=strided),
+    ]
+    for number, call in enumerate(calls):
+        before = [sys.getrefcount(one) for one in (odd, signature, digest, strided, public, key)]
+        for _ in range(3):
+            with pytest.raises((CsvfastError, TypeError)):
+                call()
+        for one in (odd, signature, digest):
+            one.append(1)
+            one.pop()
+        del one
+        assert [sys.getrefcount(one) for one in (odd, signature, digest, strided, public, key)] == before, number
 
 
 def test_wiped_memory():

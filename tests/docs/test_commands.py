@@ -1,54 +1,216 @@
-"""The commands in README.md and docs/measure.md run as they are written, in the order in which they stand."""
+"""The commands in the documentation run as they are written, in the order in which they stand on their page.
+
+A page's lines are the `csvfast ...` lines of its code blocks. `NAME=$(csvfast ...)` sets a variable for those that follow, a line
+that ends in `&` is a server, and a comment with `exit code N:` says what is expected instead of 0.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from reference import ovmf_images as ovmf
 
 import csvfast
+from csvfast.certs import ManufacturingLine
+from csvfast.cli import main
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(sysconfig.get_path("scripts")) / "csvfast"
 RECIPE = 'firmware = "OVMF.fd"\nkernel = "vmlinuz"\ninitrd = "initrd.img"\nappend = "console=ttyS0"\nvmsa = "amd"\n'
+FIRMWARE = ovmf.good(size=65536)
+SECRET_AREA = "0x80f000"  # of that firmware
+
+# Lines that ask the network or a machine with Hygon's chips.
+ELSEWHERE = ("csvfast cert fetch", "csvfast cert import /opt", "csvfast bench")
+# They are written for real chips. Simulated evidence gets as far as the root, and no further.
+REFUSED = {
+    ("README.md", "csvfast report verify --certs hsk_cek.cert report.cert"),
+    ("README.md", "csvfast report appraise --policy policy.toml --certs hsk_cek.cert report.cert"),
+    ("docs/certificates.md", "csvfast cert verify hsk_cek.cert pek.cert"),
+    ("docs/certificates.md", "csvfast cert import hsk_cek.cert --chip-id KPA64911240507"),
+}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the tests stand outside a source tree")
 
 
-def commands(page: str) -> list[str]:
-    """Lines of code blocks that call the command; benchmarks are left to their own tests."""
+def commands(page: str) -> list[tuple[str, int]]:
+    """Lines of code blocks that call the command, and the exit code each is expected to have."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.findall(r"^(?:    )?(csvfast (?:info|measure|memory)\b.*)$", text, re.MULTILINE)
-    return [line.partition("#")[0].strip() for line in found]
+    found = []
+    for line in re.findall(r"^(?:    )?((?:[A-Z_]+=\$\()?csvfast [a-z]+\b.*)$", text, re.MULTILINE):
+        line, _, comment = line.partition(" #")
+        line = line.strip()
+        # The overview of the command names alternatives, the tables of a page are no commands.
+        if line.startswith(ELSEWHERE) or re.search(r"  |\b[a-z-]+\|[a-z-]+|[A-Z]+\.\.\.|\.\.\.$", line):
+            continue
+        said = re.search(r"exit code (\d):", comment)
+        found.append((line, int(said[1]) if said else 1 if (page, line) in REFUSED else 0))
+    return found
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def images(folder: Path) -> None:
     for index, name in enumerate(("disk.img", "a.img", "b.img", "c.img", "root.img", "vmlinuz", "initrd.img")):
-        (tmp_path / name).write_bytes(bytes([index]) * (16 << 12))
-    (tmp_path / "OVMF.fd").write_bytes(ovmf.good())
-    (tmp_path / "guest.toml").write_text(RECIPE, encoding="utf-8")
-    (tmp_path / "yesterday.json").write_text(RECIPE, encoding="utf-8")
-    return tmp_path
+        (folder / name).write_bytes(bytes([index]) * (16 << 12))
+    (folder / "OVMF.fd").write_bytes(FIRMWARE)
+    (folder / "guest.toml").write_text(RECIPE, encoding="utf-8")
+    (folder / "yesterday.json").write_text(RECIPE, encoding="utf-8")
+    (folder / "password").write_bytes(b"swordfish")
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 7), ("docs/measure.md", 10)])
-def test_commands_run(folder: Path, page: str, least: int) -> None:
+def evidence(folder: Path) -> None:
+    """The certificates and the report of a simulated chip, under the names that the pages use."""
+    ManufacturingLine.create().make_chip().save(folder / "made")
+    made = folder / "made"
+    export = ["--pdh", folder / "pdh.cert", "--chain", folder / "chain.cert", "--hsk-cek", folder / "hsk_cek.cert"]
+    quietly("platform", "pdh-export", made, *export)
+    launch = ["--state", made, "--firmware", folder / "OVMF.fd", "--report-data", "00112233"]
+    quietly("guest", "launch", *launch, "--report", folder / "report.cert")
+    quietly("guest", "launch", *launch, "--report", folder / "evidence.json", "--report-format", "json")
+    shutil.copy(made / "root.cert", folder / "root.cert")
+    chain = (folder / "chain.cert").read_bytes()
+    (folder / "pek.cert").write_bytes(chain[:2084])
+    parts = [(folder / "pdh.cert").read_bytes(), chain, (folder / "hsk_cek.cert").read_bytes()[:832]]
+    (folder / "full.chain").write_bytes(b"".join(parts))
+    digest = csvfast.sm3(FIRMWARE).hexdigest()
+    (folder / "policy.toml").write_text(f'measurements = ["{digest}"]\n', encoding="utf-8")
+
+
+def evidence_with_chip(folder: Path) -> None:
+    evidence(folder)
+    shutil.copytree(folder / "made", folder / "chip", copy_function=shutil.copy2)
+    shutil.rmtree(folder / "made")
+
+
+def quietly(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def prepare_certificates(folder: Path) -> None:
+    """`chip new chip` stands further down on that page than `--root chip/root.cert`."""
+    evidence(folder)
+    (folder / "chip").mkdir(mode=0o700)
+    shutil.copy(folder / "root.cert", folder / "chip" / "root.cert")
+
+
+PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
+    ("README.md", 18, evidence),
+    ("docs/measure.md", 10, None),
+    ("docs/command-line.md", 10, None),
+    ("docs/certificates.md", 7, prepare_certificates),
+    ("docs/reports.md", 5, evidence),
+    ("docs/processor.md", 6, None),
+    ("docs/mailbox.md", 4, None),
+]
+
+
+@pytest.mark.parametrize(("page", "least", "prepare"), PAGES, ids=[page for page, _, _ in PAGES])
+def test_commands_run(tmp_path: Path, page: str, least: int, prepare: Callable[[Path], None] | None) -> None:
     lines = commands(page)
-    assert len(lines) >= least
+    assert len(lines) >= least, lines
+    images(tmp_path)
+    if prepare is not None:
+        prepare(tmp_path)
     variables = {name: value for name, value in os.environ.items() if not name.startswith("CSVFAST_")}
-    variables["DIGEST"] = csvfast.sm3_file(folder / "disk.img").hexdigest()
-    for line in lines:
-        done = subprocess.run(
-            ["bash", "-c", f'csvfast() {{ "{SCRIPT}" "$@"; }}; {line}'],
-            cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, (line, done.stderr)
-        root = re.search(r'(?:Root hash: +|"root_hash": ")([0-9a-f]{64})', done.stdout)
-        if root is not None and "root.hashes" in line:
-            variables["ROOT"] = root[1]
+    variables["DIGEST"] = csvfast.sm3_file(tmp_path / "disk.img").hexdigest()
+    variables["SECRET_AREA"] = SECRET_AREA
+    variables["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    servers: list[subprocess.Popen[bytes]] = []
+    try:
+        for line, expected in lines:
+            if line.endswith("&"):
+                stop(servers)  # a chip has one processor
+                servers.append(serve(line.removesuffix("&"), tmp_path, variables))
+                continue
+            if page == "docs/certificates.md" and line == "csvfast chip new chip":
+                shutil.rmtree(tmp_path / "chip")
+            shown = run(line, expected, tmp_path, variables)
+            remember(line, shown, variables)
+    finally:
+        stop(servers)
+
+
+def run(line: str, expected: int, folder: Path, variables: dict[str, str]) -> str:
+    assigned = re.fullmatch(r"([A-Z_]+)=\$\((.*)\)", line)
+    done = subprocess.run(
+        ["bash", "-c", f'csvfast() {{ "{SCRIPT}" "$@"; }}; {assigned[2] if assigned else line}'],
+        cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == expected, (line, done.stdout, done.stderr)
+    if assigned:
+        variables[assigned[1]] = done.stdout.strip()
+    return done.stdout
+
+
+def remember(line: str, shown: str, variables: dict[str, str]) -> None:
+    """What a reader would copy from one command's output into a later command."""
+    root = re.search(r'(?:Root hash: +|"root_hash": ")([0-9a-f]{64})', shown)
+    if root is not None and "root.hashes" in line:
+        variables["ROOT"] = root[1]
+    if "--hold" in line:
+        held = json.loads(shown)
+        assert held["secret_area"] == SECRET_AREA
+        variables["MEASUREMENT"], variables["DIGEST"] = held["measurement"], held["predicted_digest"]
+
+
+def serve(line: str, folder: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    server = subprocess.Popen(["bash", "-c", f'exec "{SCRIPT}" {line.removeprefix("csvfast ")}'], cwd=folder, env=variables)
+    until = time.monotonic() + 60
+    sockets = [folder / name for name in re.findall(r"[\w.-]+\.sock\b", line)]
+    assert sockets, line
+    while not all(path.is_socket() for path in sockets):
+        assert server.poll() is None, line
+        assert time.monotonic() < until, line
+        time.sleep(0.05)
+    return server
+
+
+def stop(servers: list[subprocess.Popen[bytes]]) -> None:
+    while servers:
+        server = servers.pop()
+        server.terminate()
+        assert server.wait(60) == 0, server.args
+
+
+def test_the_index_lists_every_page() -> None:
+    listed = re.findall(r"^- \[([\w.-]+)\]\(([\w.-]+)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert all(name == target for name, target in listed)
+    assert sorted(name for name, _ in listed) == sorted(
+        path.name for path in (ROOT / "docs").glob("*.md") if path.name != "index.md"
+    )
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]), ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target
+
+
+def test_every_command_is_documented() -> None:
+    """Each name that --help lists stands on a page."""
+    import typer
+
+    from csvfast.cli import app
+
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    group = typer.main.get_command(app)
+    for room, command in group.commands.items():
+        for name in getattr(command, "commands", {None: None}):
+            wanted = f"csvfast {room} {name}" if name else f"csvfast {room}"
+            overview = re.search(rf"csvfast {room} [\w|-]*\b{name}\b|`(?:platform )?{name}`", text) if name else None
+            assert wanted in text or overview, wanted

@@ -9,19 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Hashable
 
 import csvfast
 from csvfast.attest import AppraisalPolicy, ChainCache, appraise, claims, verify
 from csvfast.certs.bundle import parse_bundle
 from csvfast.certs.layout import CA_BYTES, CaCertificate, CsvCertificate, KeyUsage
-from csvfast.certs.manufacturing import ManufacturingLine
 from csvfast.crypto import sm2
-from csvfast.errors import CsvfastError, FirmwareError, FirmwareStatus, FormatError, VerificationError
-from csvfast.processor.commands import LAYOUTS, Command
-from csvfast.processor.mailbox import Mailbox
-from csvfast.processor.options import Options
+from csvfast.errors import CsvfastError, FormatError
 from csvfast.processor.processor import Processor
 from csvfast.processor.session import SessionBlob, make_session, open_session
 from csvfast.report import evidence_json
@@ -32,45 +27,17 @@ from csvfast.report.evidence import Evidence, read_evidence
 from csvfast.report.layout import Report
 from csvfast.report.policy import GuestPolicy
 from csvfast.report.request import ReportRequest
+from fuzz.mailbox_targets import MailboxCsv3Target, MailboxTarget
+from fuzz.target import CHIP, LINE, MIB, Target, platform
 
 __all__ = ["TARGETS", "Target"]
 
 
-class Target(ABC):
-    """One thing to fuzz. `text` tells the mutator that the format is text."""
-
-    text = False
-
-    def __init__(self) -> None:
-        self.seeds: list[bytes] = []
-
-    @abstractmethod
-    def handle(self, data: bytes) -> Hashable:
-        """Works off one input."""
-
-    def answer(self, data: bytes) -> Hashable:
-        """The input's answer. Only what csvfast promises to raise for bad input is caught."""
-        try:
-            return self.handle(data)
-        except FormatError as error:
-            return "FormatError", error.structure, error.field
-        except VerificationError as error:
-            return "VerificationError", error.step
-        except FirmwareError as error:
-            return "FirmwareError", int(error.status)
-        except CsvfastError as error:
-            return type(error).__name__
-
-
-_line = ManufacturingLine.create()
-_chip = _line.make_chip()
+_line, _chip = LINE, CHIP
 
 
 def _platform() -> tuple[csvfast.EncryptedMemory, Processor]:
-    memory = csvfast.EncryptedMemory(4 << 20, asid_max=8)
-    processor = Processor(_chip, memory, options=Options(cores=1, max_guests=8))
-    processor.init(es=True, tmr_address=1 << 20, tmr_length=1 << 20)
-    return memory, processor
+    return platform(4 * MIB)
 
 
 class CertificateTarget(Target):
@@ -341,8 +308,9 @@ class KeyTarget(Target):
         public = key.public_key
         encrypted = sm2.ciphertext_to_der(public.encrypt(b"0123456789abcdef"))
         self.seeds = [
-            sm2.dump_private_key(key, encoding="der"), sm2.dump_private_key(key, encoding="der", format="sec1"), sm2.dump_private_key(key),
-            sm2.dump_public_key(public, encoding="der"), sm2.dump_public_key(public), sm2.signature_to_der(key.sign(b"x")), encrypted,
+            sm2.dump_private_key(key, encoding="der"), sm2.dump_private_key(key, encoding="der", format="sec1"),
+            sm2.dump_private_key(key), sm2.dump_public_key(public, encoding="der"), sm2.dump_public_key(public),
+            sm2.signature_to_der(key.sign(b"x")), encrypted,
             sm2.dump_private_key(key, encoding="der", password=b"secret"),
         ]  # fmt: skip
         self.readers = itertools.cycle(
@@ -353,57 +321,6 @@ class KeyTarget(Target):
         reader = next(self.readers)
         reader(data)
         return reader.__name__
-
-
-class MailboxTarget(Target):
-    """Command buffers. The input is a script: {u16 command, u8 place, u8 length, bytes} repeated; all of it in host memory."""
-
-    MEMORY = 4 << 20
-    BLOCKS = 3 << 20
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reset()
-        place = self.BLOCKS + 0x1000
-        u = struct.pack
-        script = [
-            (Command.LAUNCH_START, u("<IIQIIQI", 0, 5, 0, 0, 0, 0, 0)), (Command.ACTIVATE, u("<II", 1, 1)),
-            (Command.LAUNCH_UPDATE_DATA, u("<IIQI", 1, 0, 2 << 20, 4096)), (Command.LAUNCH_UPDATE_VMSA, u("<IIQI", 1, 0, (2 << 20) + 4096, 4096)),
-            (Command.LAUNCH_MEASURE, u("<IIQI", 1, 0, place, 48)), (Command.LAUNCH_FINISH, u("<I", 1)),
-            (Command.ATTESTATION, u("<IIQ16sI", 1, 0, place, b"VM_ATTESTATION", 4096)), (Command.DBG_DECRYPT, u("<IIQQI", 1, 0, 2 << 20, place, 64)),
-            (Command.DEACTIVATE, u("<I", 1)), (Command.DF_FLUSH, b""), (Command.DECOMMISSION, u("<I", 1)),
-            (Command.PDH_CERT_EXPORT, u("<QIIQI", place, 2084, 0, place + 4096, 6252)), (Command.PLATFORM_STATUS, bytes(12)),
-        ]  # fmt: skip
-        packed = [u("<HBB", int(command), 0, len(block)) + block for command, block in script]
-        self.seeds = [b"".join(packed), b"".join(packed[:6]), b"".join(packed[:2]) + packed[9], *packed]
-        for command, layout in LAYOUTS.items():
-            self.seeds.append(u("<HBB", int(command), 0, layout.size & 255) + bytes(layout.size & 255))
-
-    def reset(self) -> None:
-        self.memory, self.processor = _platform()
-        self.mailbox = Mailbox(self.processor)
-        self.runs = 0
-
-    def handle(self, data: bytes) -> Hashable:
-        self.runs += 1
-        if self.runs % 5000 == 0:
-            self.memory.close()
-            self.reset()
-        answers = []
-        offset = 0
-        while offset + 4 <= len(data) and len(answers) < 16:
-            command, place, length = struct.unpack_from("<HBB", data, offset)
-            block = data[offset + 4 : offset + 4 + length]
-            offset += 4 + length
-            address = self.BLOCKS + (place & 0xF0) * 16 if place < 0xF0 else (1 << 64) - place
-            if place < 0xF0 and block:
-                self.memory.write(address, block, 0)
-            status = self.mailbox.command(command, address)
-            assert isinstance(status, FirmwareStatus)
-            answers.append((command if command in LAYOUTS else 0, int(status)))
-        if self.processor.state == 0:  # a script shut the platform down; the next one starts from INIT again
-            self.processor.init(es=True, tmr_address=1 << 20, tmr_length=1 << 20)
-        return answers[-1] if answers else None
 
 
 TARGETS: dict[str, type[Target]] = {
@@ -418,4 +335,5 @@ TARGETS: dict[str, type[Target]] = {
     "session": SessionTarget,
     "key": KeyTarget,
     "mailbox": MailboxTarget,
+    "mailbox-csv3": MailboxCsv3Target,
 }

@@ -13,11 +13,11 @@ from reference.mailbox_driver import BLOCK, BUFFER, RAM, TMR, Setup, fields_of
 
 from csvfast.certs import CertificateChain, CsvCertificate, ManufacturingLine, verify_chain
 from csvfast.certs.factory import altered
-from csvfast.crypto import SM2PrivateKey, sm3
-from csvfast.errors import FirmwareError, FirmwareStatus, StateError
+from csvfast.crypto import Secret, SM2PrivateKey, hmac_sm3, sm3
+from csvfast.errors import FirmwareError, FirmwareStatus, StateError, VerificationError
 from csvfast.processor import pack_disk_password
 from csvfast.processor.commands import LAYOUTS, Command, Direction
-from csvfast.processor.core import C_BIT
+from csvfast.processor.core import C_BIT, GuestState
 from csvfast.processor.launch import measurement_message
 from csvfast.processor.mailbox import HANDLERS, Mailbox
 from csvfast.processor.owner import OwnerKeys, check_measurement, seal_secret
@@ -258,6 +258,8 @@ def test_session_measurement_and_secret(setup: Setup) -> None:
     assert (
         driver.run(Command.LAUNCH_SECRET, **(secret | {"guest_address": RAM + 8}))[0] is FirmwareStatus.INVALID_ADDRESS
     )
+    longest = secret | {"guest_length": 16 << 10, "transport_length": 16 << 10}
+    assert driver.run(Command.LAUNCH_SECRET, **longest)[0] is FirmwareStatus.BAD_MEASUREMENT, "16 KiB are not too long"
     driver.write(BUFFER + 4096, bytes([transport[0] ^ 1]) + transport[1:])
     assert driver.run(Command.LAUNCH_SECRET, **secret)[0] is FirmwareStatus.BAD_MEASUREMENT
     driver.write(BUFFER + 4096, transport)
@@ -387,6 +389,35 @@ def test_migration_by_buffers(line: ManufacturingLine) -> None:
     assert away.run(Command.SEND_CANCEL, handle=handle)[0] is FirmwareStatus.INVALID_GUEST_STATE
 
 
+def test_the_platforms_state_comes_before_parameters(setup: Setup) -> None:
+    driver = setup.driver
+    driver.done(Command.LAUNCH_START)
+    for command, fields in (
+        (Command.INIT, {"flags": 2}),
+        (Command.INIT_EX, {"length": 0}),
+        (Command.INIT_EX, {"length": LAYOUTS[Command.INIT_EX].size, "nv_length": 1}),
+        (Command.DOWNLOAD_FIRMWARE, {"length": 0}),
+        (Command.DOWNLOAD_FIRMWARE, {"length": 16, "address": 1 << 40}),
+        (Command.HGSC_CERT_IMPORT, {"hgsc_length": 0xFFFFFFFF}),
+        (Command.PEK_CERT_IMPORT, {"pek_length": 1}),
+        (Command.PEK_CSR, {"length": 0}),
+    ):
+        assert driver.run(command, **fields)[0] is FirmwareStatus.INVALID_PLATFORM_STATE, command.name
+
+
+def test_answers_leave_the_fields_of_the_host(setup: Setup) -> None:
+    """Only what is out or in/out is written, here around an input that the answer of another command has overwritten."""
+    driver = setup.driver
+    driver.write(BLOCK - 16, bytes([0xEE]) * 128)
+    block = LAYOUTS[Command.PDH_CERT_EXPORT].encode(
+        pdh_address=BUFFER, pdh_length=2084, chain_address=BUFFER + 4096, chain_length=9999
+    )
+    driver.write(BLOCK, block)
+    assert setup.machine.command(Command.PDH_CERT_EXPORT, BLOCK) is SUCCESS
+    expected = block[:24] + (6252).to_bytes(4, "little")
+    assert driver.read(BLOCK - 16, 128) == bytes([0xEE]) * 16 + expected + bytes([0xEE]) * (112 - len(expected))
+
+
 # ---- Hostile hosts --------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +487,108 @@ def test_any_block_gets_a_status(victim: Setup, data: st.DataObject) -> None:
         victim.driver.run(Command.INIT, flags=1, tmr_address=TMR, tmr_length=1 << 20)
 
 
+@pytest.fixture(scope="module")
+def crowded(line: ManufacturingLine) -> Iterator[Setup]:
+    """Guests in every state that a launch passes, and one that is being sent: handles 1 to 4."""
+    made = Setup(size=4 << 20, line=line, max_guests=6).initialised()
+    driver = made.driver
+    for asid in (1, 2, 3, 4):
+        handle = driver.done(Command.LAUNCH_START, policy=4 if asid == 2 else 0)["handle"]
+        assert handle == asid
+        driver.done(Command.ACTIVATE, handle=handle, asid=asid)
+        driver.done(Command.LAUNCH_UPDATE_DATA, handle=handle, address=RAM + 4096 * asid, length=4096)
+    for handle in (1, 3, 4):
+        driver.done(Command.LAUNCH_MEASURE, handle=handle, address=BUFFER, length=48)
+    for handle in (1, 4):
+        driver.done(Command.LAUNCH_FINISH, handle=handle)
+    restore(made)
+    yield made
+    made.processor.close()
+
+
+def restore(made: Setup) -> None:
+    """Guest 1 RUNNING, 2 LUPDATE, 3 LSECRET, 4 SUPDATE with transport keys; no others."""
+    processor = made.processor
+    for handle in set(processor.guests) - {1, 2, 3, 4}:
+        processor.deactivate(handle)
+        processor.decommission(handle)
+    states = (GuestState.RUNNING, GuestState.LUPDATE, GuestState.LSECRET, GuestState.SUPDATE)
+    for handle, state in enumerate(states, 1):
+        processor.guests[handle].state = state
+    sent = processor.guests[4]
+    sent.tek, sent.tik = Secret(bytes(16)), Secret(bytes(16))
+
+
+_LENGTHS = [0, 15, 16, 48, 51, 52, 207, 208, 772, 2083, 2084, 4096, 6252, 8192, 1 << 20, 0xFFFFFFF0, 0xFFFFFFFF]
+_PLACES = [0, 8, BLOCK, BLOCK - 4, BUFFER, BUFFER + 0x2000, RAM + 4096, RAM + 8192, (RAM + 4096) | C_BIT, TMR - 16, TMR]
+_PLACES += [(4 << 20) - 16, (4 << 20) - 4096, 4 << 20, (1 << 64) - 16, 1 << 48]
+_QUIET = set(Command) - {Command.SHUTDOWN, Command.DECOMMISSION, Command.DEACTIVATE, Command.INIT, Command.INIT_EX}
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_refusals_change_nothing(crowded: Setup, data: st.DataObject) -> None:
+    """Neither memory, apart from required lengths in the block, nor guests; and no command touches the firmware's memory."""
+    command = data.draw(st.sampled_from(sorted(_QUIET & set(LAYOUTS))))
+    layout = LAYOUTS[command]
+    values: dict[str, int | bytes] = {}
+    for field in layout.fields:
+        if field.direction is Direction.RESERVED:
+            values[field.name] = data.draw(st.sampled_from([0] * 30 + [1])) if not field.octets else b""
+        elif field.octets:
+            values[field.name] = data.draw(st.sampled_from([LITERAL, b"", b"x" * field.size]))[: field.size]
+        elif field.name == "handle":
+            values[field.name] = data.draw(st.integers(0, 5))
+        elif field.size == 8:
+            values[field.name] = data.draw(st.sampled_from(_PLACES))
+        else:
+            values[field.name] = data.draw(st.sampled_from([n for n in _LENGTHS if n < 256**field.size]))
+    place = data.draw(st.sampled_from([BLOCK, BUFFER, RAM + 4096, BLOCK | C_BIT]))
+    written = (place & ~C_BIT) + layout.size
+    crowded.machine.write(place & ~C_BIT, layout.encode(**values))
+    machine, guests = crowded.machine, crowded.processor.guests
+    before, states = crowded.memory.raw.copy(), {h: (g.state, g.asid, g.policy) for h, g in guests.items()}
+    status = machine.command(command, place)
+    after = crowded.memory.raw
+    assert not (before[TMR : TMR + (1 << 20)] != after[TMR : TMR + (1 << 20)]).any()
+    if status is SUCCESS:
+        restore(crowded)
+        return
+    assert {h: (g.state, g.asid, g.policy) for h, g in guests.items()} == states
+    changed = set((before != after).nonzero()[0].tolist())
+    allowed: set[int] = set()
+    if status is FirmwareStatus.INVALID_LENGTH:
+        for field in layout.fields:
+            if field.direction is Direction.IN_OUT and field.name.endswith("length"):
+                start = (place & ~C_BIT) + field.offset
+                allowed.update(range(start, start + field.size))
+    assert changed <= allowed, (command.name, status.name, values, sorted(changed)[:8], written)
+
+
+def test_half_an_answer_is_none(crowded: Setup) -> None:
+    """One of two places is good, and nothing is written there."""
+    driver = crowded.driver
+    good, bad = BUFFER + 0x4000, TMR
+    driver.write(good, bytes([0xEE]) * 8192)
+    packet = {"handle": 4, "header_length": 52, "guest_address": RAM + 4096, "guest_length": 16, "transport_length": 16}
+    for command, fields in (
+        (Command.SEND_UPDATE_DATA, packet | {"header_address": good, "transport_address": bad}),
+        (Command.SEND_UPDATE_DATA, packet | {"header_address": bad, "transport_address": good}),
+        (
+            Command.PDH_CERT_EXPORT,
+            {"pdh_address": good, "pdh_length": 2084, "chain_address": bad, "chain_length": 6252},
+        ),
+        (
+            Command.PDH_CERT_EXPORT,
+            {"pdh_address": bad, "pdh_length": 2084, "chain_address": good, "chain_length": 6252},
+        ),
+    ):
+        assert driver.run(command, **fields)[0] is FirmwareStatus.INVALID_ADDRESS
+        assert driver.read(good, 8192) == bytes([0xEE]) * 8192, command.name
+    fields = packet | {"header_address": good, "transport_address": good + 4096}
+    driver.done(Command.SEND_UPDATE_DATA, **fields)
+
+
 @given(command=st.integers(0, 0x400), block=st.binary(min_size=256, max_size=256), address=st.integers(0, 1 << 64))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_get_a_status(victim: Setup, command: int, block: bytes, address: int) -> None:
@@ -489,3 +622,21 @@ def test_blocks_are_read_once(setup: Setup) -> None:
     # The block lies in the very page that is encrypted by the command it names.
     assert setup.machine.command(Command.LAUNCH_UPDATE_DATA, RAM) is SUCCESS
     assert driver.read(RAM, 24) != block
+
+
+def test_both_forms_of_the_measurement_are_known_to_the_owner() -> None:
+    """With the build and without it; another build, digest, policy or nonce is refused in either."""
+    tik, policy, digest, nonce = bytes(range(16)), GuestPolicy(1), bytes(32), bytes(16)
+    for number in (None, 2337):
+        tag = hmac_sm3(tik, measurement_message((1, 4), policy, digest, nonce, number)).digest()
+        check_measurement(tik, tag + nonce, policy, digest, (1, 4), 2337)
+        for other in (
+            (tag + nonce, GuestPolicy(0), digest, (1, 4)),
+            (tag + nonce, policy, b"\1" + digest[1:], (1, 4)),
+            (tag + nonce, policy, digest, (1, 3)),
+            (tag + b"\1" + nonce[1:], policy, digest, (1, 4)),
+        ):
+            with pytest.raises(VerificationError):
+                check_measurement(tik, *other, 2337)
+    with pytest.raises(VerificationError):
+        check_measurement(tik, tag + nonce, policy, digest, (1, 4), 2336)

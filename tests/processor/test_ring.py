@@ -104,6 +104,41 @@ def test_a_mailbox_command_ends_the_mode(setup: Setup) -> None:
         setup.machine.ring_doorbell(0)
 
 
+def test_what_was_never_executed_says_so_whatever_stood_there(setup: Setup) -> None:
+    """Old statuses of an earlier lap, or a head that the host moved, are no statuses of these entries."""
+    for index in range(3):
+        queue(setup, LOW, index, Command.DECOMMISSION, block(setup, BUFFER, Command.DECOMMISSION, handle=99))
+        setup.machine.write(LOW_STATUS + 16 * index, FirmwareStatus.ACTIVE.to_bytes(2, "little"))
+    assert setup.machine.ring_doorbell(queue_register(3, 0)) == PAUSED
+    setup.machine.ring_doorbell(queue_register(1, 0), queue_register(1, 0))
+    setup.machine.ring_doorbell(queue_register(1, 0), queue_register(1, 0))
+    setup.machine.ring_doorbell(queue_register(3, 0), queue_register(3, 0))
+    setup.machine.mailbox.ring_doorbell(queue_register(3, 0), queue_register(1, 0))  # entry 1 fails
+    setup.driver.done(Command.NOP)
+    assert [status(setup, LOW_STATUS, index) for index in range(3)] == [
+        FirmwareStatus.INVALID_PLATFORM_STATE, FirmwareStatus.INVALID_PLATFORM_STATE, FirmwareStatus.EXIT_RING_BUFFER,
+    ]  # fmt: skip
+
+
+def test_a_ring_that_becomes_the_firmwares(shared_line: ManufacturingLine) -> None:
+    """INIT through the ring, with a TMR over the rings: nothing is read or written there any more."""
+    made = Setup(line=shared_line)
+    made.driver.done(Command.RING_BUFFER, **RING)
+    place = block(made, BUFFER, Command.INIT, flags=1, tmr_address=LOW & -(1 << 20), tmr_length=1 << 20)
+    queue(made, LOW, 0, Command.INIT, place)
+    queue(made, LOW, 1, Command.PEK_GEN, 0)
+    first = made.processor.identity
+    assert made.machine.ring_doorbell(queue_register(2, 0)) == queue_register(1, 0) | PAUSED
+    assert made.processor.tmr == (LOW & -(1 << 20), 1 << 20)
+    assert first is None
+    before = made.machine.read(LOW, 4 * RING_BYTES)
+    key = made.processor.identity
+    made.driver.done(Command.NOP)
+    assert made.processor.identity is key
+    assert made.machine.read(LOW, 4 * RING_BYTES) == before
+    made.processor.close()
+
+
 def test_ring_commands_are_not_nested(setup: Setup) -> None:
     queue(setup, HIGH, 0, Command.RING_BUFFER, block(setup, BUFFER, Command.RING_BUFFER, **RING))
     assert setup.machine.ring_doorbell(queue_register(0, 1)) == PAUSED

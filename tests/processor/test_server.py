@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference.mailbox_driver import BLOCK, BUFFER, RAM, Driver
+from reference.served import SIZE, Served, alive, answer, ask, ended
 
 from csvfast.certs import ManufacturingLine
 from csvfast.errors import (
@@ -34,41 +35,14 @@ from csvfast.errors import (
     InternalError,
     StateError,
 )
-from csvfast.processor import Options, Processor, StateDirectory, protocol, server
+from csvfast.processor import StateDirectory, protocol, server
 from csvfast.processor.client import RemoteMachine
 from csvfast.processor.commands import LAYOUTS, Command
 from csvfast.processor.core import C_BIT
-from csvfast.processor.machine import LocalMachine
 from csvfast.processor.npt import NestedPageFault
 from csvfast.processor.protocol import HEADER, Operation, ProtocolStatus
 from csvfast.processor.ring import RING_BYTES, command_entry
-from csvfast.processor.server import ProcessorServer, open_shared_memory
-
-SIZE = 16 << 20
-
-
-class Served:
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "socket"
-        self.shared = open_shared_memory(SIZE, asid_max=8)
-        self.processor = Processor(ManufacturingLine.create().make_chip(), self.shared.memory, options=Options(cores=2))
-        self.machine = LocalMachine(self.processor)
-        self.server = ProcessorServer(self.machine, self.shared.descriptor, self.path)
-        self.thread = threading.Thread(target=self.server.serve)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.close()
-        self.thread.join(10)
-        assert not self.thread.is_alive()
-        self.processor.close()
-        self.shared.close()
-
-    def raw(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(10)
-        connection.connect(str(self.path))
-        return connection
+from csvfast.processor.server import ProcessorServer
 
 
 @pytest.fixture
@@ -83,31 +57,6 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made = Served(tmp_path_factory.mktemp("lasting"))
     yield made
     made.close()
-
-
-def ask(connection: socket.socket, operation: int, body: bytes = b"", tag: int = 7) -> tuple[int, bytes]:
-    connection.sendall(HEADER.pack(operation, len(body), tag) + body)
-    return answer(connection, tag)
-
-
-def answer(connection: socket.socket, tag: int = 7) -> tuple[int, bytes]:
-    status, length, answered = HEADER.unpack(connection.recv(HEADER.size, socket.MSG_WAITALL))
-    assert answered == tag
-    return status, connection.recv(length, socket.MSG_WAITALL) if length else b""
-
-
-def ended(connection: socket.socket) -> bool:
-    """The server closed it without an answer."""
-    try:
-        return connection.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-def alive(served: Served) -> None:
-    """Somebody else is still served."""
-    with RemoteMachine(served.path) as machine:
-        assert machine.command(Command.NOP, 0) is FirmwareStatus.SUCCESS
 
 
 # ---- What a client gets ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -260,3 +261,66 @@ def test_no_key_in_the_clear_elsewhere(home: Path, memory: csvfast.EncryptedMemo
         key = bytes(memoryview(processor.identity.pek_key.secret()))
     holders = [path.name for path in home.iterdir() if key in path.read_bytes()]
     assert holders == [STATE_FILE]
+
+
+def test_an_import_that_cannot_be_stored_changes_no_owner(
+    home: Path, memory: csvfast.EncryptedMemory, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., FirmwareError]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Processor.open(home, memory) as processor:
+        processor.init()
+        before = processor.identity
+        with monkeypatch.context() as patch:
+            patch.setattr("csvfast.processor.state._write_private", full)
+            refused(S.HWERROR_PLATFORM, own, processor)
+        assert processor.identity is before
+        assert not processor.platform_status().owner
+        own(processor)
+        assert processor.platform_status().owner
+
+
+def test_pieces_that_do_not_belong_together(home: Path, memory: csvfast.EncryptedMemory) -> None:
+    """Under a right MAC too: what is loaded is what was once made together."""
+    exported(home, memory)
+    stranger = SM2PrivateKey.generate()
+    with StateDirectory(home) as storage:
+        good = storage.load()
+        assert good is not None
+        for change, message in (
+            ({"pdh": good.pdh.with_signature(1, stranger, KeyUsage.PEK, b"HYGON-SSD-PEK")}, "PDH is not signed"),
+            ({"pek": good.pek.with_signature(2, stranger, KeyUsage.OCA, b"HYGON-SSD-OCA")}, "PEK is not signed"),
+            ({"pek": good.pek.with_signature(1, stranger, KeyUsage.CEK, b"HYGON-SSD-CEK")}, "PEK is not signed"),
+            ({"pek_key": stranger}, "PEK key is not"),
+            ({"pdh_key": stranger}, "PDH key is not"),
+            ({"oca_key": stranger}, "OCA key is not"),
+        ):
+            storage.save(dataclasses.replace(good, **change))
+            with pytest.raises(StateError, match=message):
+                storage.load()
+        storage.save(good)
+        assert storage.load() is not None
+
+
+def test_the_file_is_on_the_disk_before_it_is_renamed(
+    home: Path, memory: csvfast.EncryptedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def noted_sync(handle: int) -> None:
+        steps.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        sync(handle)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        steps.append("rename")
+        return replace(path, target)
+
+    with Processor.open(home, memory) as processor:
+        processor.init()
+        with monkeypatch.context() as patch:
+            patch.setattr("csvfast.processor.state.os.fsync", noted_sync)
+            patch.setattr(Path, "replace", noted_replace)
+            processor.pdh_gen()
+    assert steps == [".platform-state.part", "rename", home.name]

@@ -157,6 +157,33 @@ def test_a_page_of_v2_whose_words_look_like_a_v1_pek(platform: Platform, build: 
         assert (Report.parse(one).version, Report.parse(one).build) == (2, build)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_sealing_key_is_noticed_in_every_byte(platform: Platform, version: int) -> None:
+    page = platform.page_v1() if version == 1 else platform.page_v2()
+    at = 0x9B4 if version == 1 else 0xCF4
+    for place in range(32):
+        changed = bytearray(page)
+        changed[at : at + 32] = bytes(32)
+        assert not Report.parse(changed, version).sealing_key_is_present  # type: ignore[arg-type]
+        changed[at + place] = 1
+        assert Report.parse(changed, version).sealing_key_is_present  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [b"A B", b"A\x7f", b"\xff", b"\0A", b"A\0B", b""])
+def test_chip_ids_that_are_none(platform: Platform, name: bytes) -> None:
+    page = bytearray(platform.page_v2())
+    page[0xCB4:0xCF4] = name.ljust(64, b"\0")
+    with pytest.raises(FormatError, match="sn"):
+        Report.parse(page, 2).chip_id  # noqa: B018
+
+
+def test_without_a_mask_nothing_is_masked(platform: Platform) -> None:
+    page = bytearray(platform.page_v1())
+    page[0xBC:0xC0] = bytes(4)
+    assert not Report.parse(page, 1).pek_is_masked
+    assert Report.parse(page, 1).pek_bytes == page[0x150:0x974]
+
+
 def test_length_against_version(platform: Platform) -> None:
     page = platform.page_v1()
     for data, version in ((page[:2548], 2), (platform.page_v2()[:3380], 1)):
