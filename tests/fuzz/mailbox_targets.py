@@ -1,8 +1,8 @@
 """Command buffers as fuzz inputs.
 
 An input is a script: {u16 command, u16 place, u16 length, block} repeated. Every block is written to host memory, its command
-run. The handle 1 of a block stands for the oldest live guest, so that mutated scripts keep meaning something. Command 0xFFFF is the
-CPU's WBINVD.
+run. The handle 1 of a block stands for the oldest live guest, so that mutated scripts keep meaning something. Command 0xFFFF
+is the WBINVD of the CPU.
 """
 
 from __future__ import annotations
