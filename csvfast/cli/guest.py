@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from csvfast.cli.common import CommandError, ExitCode, parse_size, print_json, progress
+from csvfast.cli.guest_inputs import (
+    parse_api,
+    parse_bytes,
+    parse_number,
+    parse_policy,
+    read_bundle,
+    read_roots,
+    read_secret,
+    session_files,
+)
 from csvfast.cli.machines import machine_of, remote
 
 if TYPE_CHECKING:
@@ -65,7 +74,9 @@ def session(
         list[Path],
         typer.Argument(metavar="CERTS...", help="The platform's PDH and its chain up to the HSK, in any files."),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New directory for session and keys.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", "--out", metavar="DIR", help="New directory for session and keys.")
+    ],
     policy: Annotated[str, typer.Option(metavar="NUMBER", help="Guest policy; 5 is CSV2 without debugging.")] = "0x1",
     vm_id: Annotated[str, typer.Option("--vm-id", metavar="HEX", help="Up to 16 bytes.")] = "",
     vm_version: Annotated[str, typer.Option("--vm-version", metavar="HEX", help="Up to 16 bytes.")] = "",
@@ -83,25 +94,23 @@ def session(
     json: _Json = False,
 ) -> None:
     """Guest owner: make transport keys and a session for one platform (dh-cert-file and session-file of QEMU)."""
-    from csvfast.certs import CaCertificate, CertificateBundle, parse_bundle, verify_chain
+    from csvfast.certs import verify_chain
     from csvfast.errors import VerificationError
     from csvfast.processor.owner import save_owner_session
     from csvfast.processor.session import make_session
 
-    word = _policy(policy)
-    identity, version = _bytes("--vm-id", vm_id, 16), _bytes("--vm-version", vm_version, 16)
-    digest, data = bytes(32), _bytes("--user-data", user_data, 64)
+    word = parse_policy(policy)
+    identity, version = parse_bytes("--vm-id", vm_id, 16), parse_bytes("--vm-version", vm_version, 16)
+    digest, data = bytes(32), parse_bytes("--user-data", user_data, 64)
     if vm_digest is not None:
-        digest = _bytes("--vm-digest", vm_digest, 32, exactly=True)
+        digest = parse_bytes("--vm-digest", vm_digest, 32, exactly=True)
         if not any(digest):
             raise CommandError("--vm-digest: 32 zero bytes would allow every guest; expected a launch digest")
-    found = CertificateBundle()
-    for path in certificates:
-        found = found.merged(parse_bundle(_read(path)))
+    found = read_bundle(certificates)
     if found.pdh is None:
         raise CommandError("no PDH is among the certificates; expected what PDH_CERT_EXPORT gave", ExitCode.USAGE)
     if not unverified:
-        roots = None if root is None else [CaCertificate.parse(_read(path)) for path in root]
+        roots = None if root is None else read_roots(root)
         try:
             if found.pek is None:
                 raise VerificationError("PEK", "the certificate is missing")
@@ -169,8 +178,8 @@ def launch(
     """Launch a guest by the firmware's own commands; its digest is the one `csvfast measure launch` predicts."""
     from csvfast.processor.vmm import GuestPlan
 
-    keys, dh_bytes, session_bytes = _session_files(session, dh)
-    word = keys.policy if policy is None and keys is not None else _policy("0x1" if policy is None else policy)
+    keys, dh_bytes, session_bytes = session_files(session, dh)
+    word = keys.policy if policy is None and keys is not None else parse_policy("0x1" if policy is None else policy)
     if word.csv3:
         raise CommandError("--policy: bit 6 asks for CSV3; this command launches CSV and CSV2 guests")
     if disk_password is not None and keys is None:
@@ -181,7 +190,7 @@ def launch(
         raise CommandError("--report: '-' and --json both want standard output")
     if hold and (socket is None or report is not None or disk_password is not None):
         raise CommandError("--hold: expected --socket, and neither --report nor --disk-password")
-    data = _bytes("--report-data", report_data or "", 64)
+    data = parse_bytes("--report-data", report_data or "", 64)
     plan = GuestPlan(
         firmware=firmware,
         kernel=kernel,
@@ -256,7 +265,10 @@ def status(
 def report_command(
     handle: _Handle,
     socket: _Socket,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the report goes; '-' is standard output.")],
+    out: Annotated[
+        Path,
+        typer.Option("--output", "-o", "--out", metavar="FILE", help="Where the report goes; '-' is standard output."),
+    ],
     report_data: _ReportData = None,
     report_format: _ReportFormat = ReportForm.raw,
     extended: Annotated[bool, typer.Option("--extended", help="Ask for report V2 (CSV3 guests).")] = False,
@@ -264,7 +276,7 @@ def report_command(
     json: _Json = False,
 ) -> None:
     """Have a running guest ask for its attestation report."""
-    data = _bytes("--report-data", report_data or "", 64)
+    data = parse_bytes("--report-data", report_data or "", 64)
     with remote(socket, vcpu_socket) as host:
         found = host.report(handle, data, extended=extended)
     _write_report(out, found, report_format, None)
@@ -292,7 +304,9 @@ def secret(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Write secret-header.b64 and secret.b64 for QEMU instead."),
+        typer.Option(
+            "--output", "-o", "--out", metavar="DIR", help="Write secret-header.b64 and secret.b64 for QEMU instead."
+        ),
     ] = None,
     json: _Json = False,
 ) -> None:
@@ -304,13 +318,13 @@ def secret(
     from csvfast.processor.vmm import Secret
 
     if (out is None) == (socket is None):
-        raise CommandError("expected either --socket with --handle and --address, or --out")
+        raise CommandError("expected either --socket with --handle and --address, or --output")
     if socket is not None and (handle is None or address is None):
         raise CommandError("--socket: expected --handle and --address as well")
-    place, version = None if address is None else _number("--address", address), _api(api)
+    place, version = None if address is None else parse_number("--address", address), parse_api(api)
     keys = load_owner_session(session)
-    blob = _bytes("--measurement", measurement, 48, exactly=True)
-    digest = _bytes("--expect", expect, 32, exactly=True)
+    blob = parse_bytes("--measurement", measurement, 48, exactly=True)
+    digest = parse_bytes("--expect", expect, 32, exactly=True)
     header, transport = _pack_password(keys, disk_password, blob, digest, version)
     if out is not None:
         write_private_directory(
@@ -354,24 +368,6 @@ def _launch(host: Host, plan: GuestPlan, json: bool) -> LaunchedGuest:
         return host.launch(plan, progress=step)
 
 
-# ---- Files and options ----------------------------------------------------------------------------------------------
-
-
-def _session_files(session: Path | None, dh: Path | None) -> tuple[OwnerKeys | None, bytes, bytes]:
-    from csvfast.processor.owner import load_owner_session, read_base64
-
-    if session is None:
-        if dh is not None:
-            raise CommandError("--dh: given without --session; expected both or neither")
-        return None, b"", b""
-    if session.is_dir():
-        keys = load_owner_session(session)
-        return keys, keys.dh if dh is None else read_base64(dh), keys.session
-    if dh is None:
-        raise CommandError("--session: a file needs --dh with the owner's certificate")
-    return None, read_base64(dh), read_base64(session)
-
-
 def _pack_password(
     keys: OwnerKeys, path: Path, blob: bytes, digest: bytes, api: tuple[int, int, int]
 ) -> tuple[bytes, bytes]:
@@ -384,7 +380,7 @@ def _pack_password(
         check_measurement(keys.tik, blob, keys.policy, digest, (major, minor), build)
     except VerificationError as refusal:
         raise CommandError(str(refusal), ExitCode.CHECK_FAILED) from None
-    password = _read_secret(path)
+    password = read_secret(path)
     try:
         table = pack_disk_password(password)
         try:
@@ -402,7 +398,7 @@ def _inject_password(
     from csvfast.processor.vmm import Secret
 
     if secret_address is not None:
-        address = _number("--secret-address", secret_address)
+        address = parse_number("--secret-address", secret_address)
     elif launched.secret_area is not None:
         address = launched.secret_area[0]
     else:
@@ -428,67 +424,6 @@ def _write_report(path: Path, report: Report, form: ReportForm, chip: ChipIdenti
         sys.stdout.buffer.write(data)
     else:
         write_atomically(path, data)
-
-
-def _read(path: Path) -> bytes:
-    if str(path) == "-":
-        return sys.stdin.buffer.read(1 << 20)
-    with path.open("rb") as file:
-        return file.read(1 << 20)
-
-
-def _read_secret(path: Path) -> bytearray:
-    """A file's bytes in a buffer that can be wiped; 16 KiB is more than any secret may have."""
-    data = bytearray(16385)
-    done = 0
-    source = sys.stdin.fileno() if str(path) == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with memoryview(data) as view:
-            while done < len(data) and (count := os.readv(source, [view[done:]])):
-                done += count
-    finally:
-        if str(path) != "-":
-            os.close(source)
-    del data[done:]
-    return data
-
-
-def _bytes(option: str, text: str, size: int, *, exactly: bool = False) -> bytes:
-    """Hexadecimal digits or the bytes of @FILE, zero-padded on the right to `size` unless they must have it."""
-    if text.startswith("@"):
-        data = _read(Path(text[1:]))
-    else:
-        try:
-            data = bytes.fromhex(text)
-        except ValueError:
-            raise CommandError(f"{option}: {text[:80]!r} is not an even number of hexadecimal digits") from None
-    if len(data) > size or (exactly and len(data) != size):
-        raise CommandError(f"{option}: {len(data)} bytes; expected {'' if exactly else 'at most '}{size}")
-    return data.ljust(size, b"\0")
-
-
-def _number(option: str, text: str) -> int:
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise CommandError(f"{option}: {text!r} is no number; expected one such as 0x80d000") from None
-
-
-def _policy(text: str) -> Any:
-    from csvfast.report.policy import GuestPolicy
-
-    return GuestPolicy(_number("--policy", text))
-
-
-def _api(text: str) -> tuple[int, int, int]:
-    try:
-        version, build = text.split("/")
-        major, minor, number = *map(int, version.split(".")), int(build)
-        if not (0 <= major <= 255 and 0 <= minor <= 255 and 0 <= number < 1 << 31):
-            raise ValueError
-        return major, minor, number
-    except ValueError:
-        raise CommandError(f"--api: {text!r}; expected such as 1.4/2337") from None
 
 
 def _show(record: dict[str, Any], json: bool) -> None:

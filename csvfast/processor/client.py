@@ -13,6 +13,7 @@ Thread-safety: any thread; requests of one RemoteMachine go one after the other.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -241,7 +242,11 @@ class _Channel:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             connection.settimeout(timeout)
-            connection.connect(os.fspath(path))
+            try:
+                connection.connect(os.fspath(path))
+            except OSError as problem:  # Python's names no file
+                reason = problem.strerror or str(problem)
+                raise type(problem)(problem.errno or errno.EIO, reason, os.fspath(path)) from None
             # In a directory that others may write to, anybody can put a socket where the server's should be.
             user = protocol.peer_user(connection)
             if user != os.geteuid():

@@ -71,6 +71,7 @@ class ProcessorCore:
         self.state = PlatformState.UNINIT
         self.es_enabled = False
         self.tmr: tuple[int, int] | None = None  # the firmware's own memory: address, length
+        self.nv_address: int | None = None  # of the last INIT_EX's NV area; FACTORY_RESET after SHUTDOWN erases it
         self.guests: dict[int, Guest] = {}
         self.asids = AsidTable(memory.asid_max, self.options.cores)
         self.lock = threading.RLock()
@@ -78,6 +79,8 @@ class ProcessorCore:
         self.identity: PlatformIdentity | None = None
         self._entropy = _entropy
         self._last_handle = 0
+        self._own_identity: PlatformIdentity | None = None  # the part's own keys while those of an NV area are in use
+        self._nv_refused: bytes | None = None  # digest of the NV area that the next INIT_EX may replace
 
     def __repr__(self) -> str:
         return (

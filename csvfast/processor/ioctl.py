@@ -32,6 +32,7 @@ __all__ = [
     "KVM_MEMORY_ENCRYPT_UNREG_REGION",
     "SEV_ISSUE_CMD",
     "BufferPair",
+    "ChipIds",
     "IssueCommand",
     "KvmCommand",
     "KvmCommandId",
@@ -151,9 +152,25 @@ class _OneBuffer(NamedTuple):
 
 
 class OneBuffer(_Structure, _OneBuffer):
-    """Payload of PEK_CSR and GET_ID2: where the answer goes, its length (in and out)."""
+    """Payload of PEK_CSR and GET_ID2: where the answer goes, its length (in and out).
+
+    A length that is too small, or 0 as a question, fails with `error` INVALID_LENGTH and what is needed in `length`. GET_ID2
+    gives one chip id of 64 bytes per socket.
+    """
 
     _shape = struct.Struct("<QI")
+
+
+class _ChipIds(NamedTuple):
+    first_socket: bytes
+    second_socket: bytes = b""
+
+
+class ChipIds(_Structure, _ChipIds):
+    """Payload of GET_ID, which is older than GET_ID2 (sev_user_data_get_id): 64 bytes for each of two sockets, NUL-padded; all
+    zero where there is no second one."""
+
+    _shape = struct.Struct("<64s64s")
 
 
 class _BufferPair(NamedTuple):

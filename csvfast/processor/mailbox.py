@@ -138,6 +138,8 @@ class Mailbox:
         return FirmwareStatus.SUCCESS
 
     def _answer(self, place: int, block: ParameterBlock) -> None:
+        # The block's place was checked when it was read and is the host's still: the commands that take memory from the host
+        # (INIT, INIT_EX, SET_SMCR, SET_GUEST_PRIVATE_MEMORY) have no output, and a refused one takes none.
         for offset, data in block.answers():
             self.processor.memory.write(place + offset, data, HOST)
 

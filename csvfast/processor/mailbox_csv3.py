@@ -4,6 +4,9 @@ Lists of regions and page addresses stand in host memory; their counts are cappe
 page of up to 512 addresses, one for each 4096 bytes; the VMCB blocks of RECEIVE_ENCRYPT_CONTEXT are lists of addresses, one
 for each vCPU (openeuler-mirror/kernel arch/x86/kvm/svm/csv.c, struct trans_paddr_block and vmcb_paddr_block).
 
+Where a command changes the guest before its answer is written, every place the answer goes to is checked first. It stays good:
+none of these commands takes memory from the host, they only use frames that SET_GUEST_PRIVATE_MEMORY took.
+
 Thread-safety: called under the processor's lock.
 """
 

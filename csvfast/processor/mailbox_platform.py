@@ -25,24 +25,32 @@ CERTIFICATES_MAX: Final = 0x10000  # no chain of certificates is longer; a cap b
 FLAG_ES: Final = 1
 
 
-def _init(dma: Dma, block: ParameterBlock) -> None:
-    dma.processor.require_platform(PlatformState.UNINIT)
+def _flags(dma: Dma, block: ParameterBlock) -> bool:
     flags = block["flags"]
     if flags & ~FLAG_ES:
         dma.processor.refuse(FirmwareStatus.INVALID_PARAM, f"flags are {flags:#x}; expected 0 or 1")
-    dma.processor.init(es=bool(flags & FLAG_ES), tmr_address=block["tmr_address"], tmr_length=block["tmr_length"])
+    return bool(flags & FLAG_ES)
+
+
+def _init(dma: Dma, block: ParameterBlock) -> None:
+    dma.processor.require_platform(PlatformState.UNINIT)
+    es = _flags(dma, block)
+    dma.processor.init(es=es, tmr_address=block["tmr_address"], tmr_length=block["tmr_length"])
 
 
 def _init_ex(dma: Dma, block: ParameterBlock) -> None:
-    """INIT with the block's own length in front. The NV area, where a part without flash keeps its state in the host's files,
-    is not supported: state lives in the state directory."""
+    """INIT with the block's own length in front and the NV area's place behind."""
     dma.processor.require_platform(PlatformState.UNINIT)
     size = LAYOUTS[Command.INIT_EX].size
     if block["length"] != size:
         dma.processor.refuse(FirmwareStatus.INVALID_LENGTH, f"length is {block['length']}; expected {size}")
-    if block["nv_address"] or block["nv_length"]:
-        dma.processor.refuse(FirmwareStatus.UNSUPPORTED, "an NV area is not supported; expected address and length 0")
-    _init(dma, block)
+    dma.processor.init_ex(
+        nv_address=block["nv_address"],
+        nv_length=block["nv_length"],
+        es=_flags(dma, block),
+        tmr_address=block["tmr_address"],
+        tmr_length=block["tmr_length"],
+    )
 
 
 def _platform_status(dma: Dma, block: ParameterBlock) -> None:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from csvfast.certs.layout import CsvCertificate, KeyAlgorithm, KeyUsage, SignatureSlot
+from csvfast.crypto import sm3
 from csvfast.errors import CsvfastError, FirmwareError, FirmwareStatus, FormatError, StateError
 from csvfast.processor.buffers import copy_of, size_of
-from csvfast.processor.core import ProcessorCore
+from csvfast.processor.core import PAGE, ProcessorCore
 from csvfast.processor.identity import PlatformIdentity
+from csvfast.processor.nv import BLANK, NONCE_BYTES, NV_BYTES, is_blank, seal_state, unseal_state
 from csvfast.processor.session import require_zero_reserved
 from csvfast.processor.states import PlatformState
 
@@ -33,6 +35,7 @@ OCA_USER_ID: Final = b"HYGON-SSD-OCA"
 PEK_USER_ID: Final = b"HYGON-SSD-PEK"
 PDH_USER_ID: Final = b"HYGON-SSD-PDH"
 
+_HOST: Final = 0  # the host's ASID
 _INIT = PlatformState.INIT
 _WORKING = PlatformState.WORKING
 
@@ -78,25 +81,50 @@ class PlatformCommands(ProcessorCore):
         """
         with self.lock:
             self.require_platform(PlatformState.UNINIT)
-            region: tuple[int, int] | None = None
-            if es:
-                if tmr_length < TMR_BYTES:
-                    self.refuse(
-                        FirmwareStatus.INVALID_LENGTH,
-                        f"the TMR has {tmr_length} bytes; expected at least {TMR_BYTES}",
-                        {"tmr_length": TMR_BYTES},
-                    )
-                region = (self.physical(tmr_address, tmr_length, TMR_BYTES), tmr_length)
-            identity = self.identity
-            if identity is None:
-                identity = self._stored_identity()
+            region = self._tmr_region(tmr_length, tmr_address) if es else None
+            identity = self.identity or self._stored_identity()
             if identity is None:
                 identity = self._self_owned_identity()
                 self._store(identity)
-            self.identity = identity
-            self.es_enabled = es
-            self.tmr = region
-            self.state = _INIT
+            self.nv_address = None
+            self._begin(identity, es, region)
+
+    def init_ex(
+        self, *, nv_address: int = 0, nv_length: int = 0, es: bool = False, tmr_address: int = 0, tmr_length: int = 0
+    ) -> None:
+        """INIT_EX: INIT with the keys in an NV area, memory that the host keeps for the firmware (nv.py).
+
+        The keys of the area are used instead of the part's own, whether those stand in a state directory or in this object; they
+        are back with the next INIT. Each command that changes keys rewrites the area before it answers.
+
+        Args:
+            nv_address, nv_length: the area, at least 32 KiB on a page boundary, of which the first 32 KiB are used; blank (all
+                0xff, all zero) at the first start. Both 0: there is none, as INIT.
+            es, tmr_address, tmr_length: as INIT's.
+        Refuses: as INIT; INVALID_LENGTH, INVALID_ADDRESS (outside the memory, within the TMR); SECURE_DATA_INVALID for an area
+            that is damaged or another chip's. The next INIT_EX with the very same bytes makes new keys over it: Linux' sev-dev.c
+            tries once more after that status and expects a reset state.
+        """
+        if nv_address == 0 and nv_length == 0:
+            return self.init(es=es, tmr_address=tmr_address, tmr_length=tmr_length)
+        with self.lock:
+            self.require_platform(PlatformState.UNINIT)
+            if nv_length < NV_BYTES:
+                message = f"the NV area has {nv_length} bytes; expected at least {NV_BYTES}"
+                self.refuse(FirmwareStatus.INVALID_LENGTH, message, {"nv_length": NV_BYTES})
+            region = self._tmr_region(tmr_length, tmr_address) if es else None
+            place = self.physical(nv_address, nv_length, PAGE)
+            if region is not None and place < sum(region) and region[0] < place + nv_length:
+                self.refuse(FirmwareStatus.INVALID_ADDRESS, f"the NV area at {place:#x} reaches into the TMR")
+            identity = self._identity_in(self.memory.read(place, NV_BYTES, _HOST))
+            if identity is None:
+                identity = self._self_owned_identity()
+                self._write_nv(place, identity)
+            self._nv_refused = None
+            self.nv_address = place
+            self._own_identity = self.identity
+            self._begin(identity, es, region)
+            return None
 
     def shutdown(self) -> None:
         """SHUTDOWN: every guest is lost, its key gone from memory. Their ASIDs stay to be flushed.
@@ -111,14 +139,22 @@ class PlatformCommands(ProcessorCore):
             self.state = PlatformState.UNINIT
             self.es_enabled = False
             self.tmr = None
+            if self.nv_address is not None:  # INIT finds the part's own keys again, INIT_EX reads the area anew
+                self.identity, self._own_identity = self._own_identity, None
 
     def factory_reset(self) -> None:
         """FACTORY_RESET: PEK, PDH, OCA and ownership are deleted; the next INIT makes new ones, self-owned.
+
+        After an INIT_EX it is the NV area that is blanked, and the part's own keys stay (Linux sends SHUTDOWN, then this, and
+        stores the area).
 
         Refuses: INVALID_PLATFORM_STATE (only UNINIT), HWERROR_PLATFORM.
         """
         with self.lock:
             self.require_platform(PlatformState.UNINIT)
+            if self.nv_address is not None:
+                self.memory.write(self.physical(self.nv_address, NV_BYTES), BLANK, _HOST)
+                return
             if self.storage is not None:
                 try:
                     self.storage.erase()
@@ -283,6 +319,37 @@ class PlatformCommands(ProcessorCore):
 
     # ---- Behind the commands
 
+    def _tmr_region(self, length: int, address: int) -> tuple[int, int]:
+        if length < TMR_BYTES:
+            message = f"the TMR has {length} bytes; expected at least {TMR_BYTES}"
+            self.refuse(FirmwareStatus.INVALID_LENGTH, message, {"tmr_length": TMR_BYTES})
+        return self.physical(address, length, TMR_BYTES), length
+
+    def _begin(self, identity: PlatformIdentity, es: bool, region: tuple[int, int] | None) -> None:
+        self.identity = identity
+        self.es_enabled = es
+        self.tmr = region
+        self.state = _INIT
+
+    def _identity_in(self, area: bytes) -> PlatformIdentity | None:
+        """The keys in an NV area; None for a blank one, and for one that was refused before: it may be replaced."""
+        if is_blank(area):
+            return None
+        try:
+            return unseal_state(area, self.chip)
+        except StateError as problem:
+            # By its digest, so that the retry resets what was refused and not an area that came in between.
+            digest = sm3(area).digest()
+            if self._nv_refused == digest:
+                return None
+            self._nv_refused = digest
+            self.refuse(FirmwareStatus.SECURE_DATA_INVALID, f"{problem}; INIT_EX again makes new keys over it")
+
+    def _write_nv(self, address: int, identity: PlatformIdentity) -> None:
+        # Checked again: since INIT_EX the host may have given the area to a guest.
+        place = self.physical(address, NV_BYTES)
+        self.memory.write(place, seal_state(identity, self.chip, self.random(NONCE_BYTES)), _HOST)
+
     def _room(self, name: str, room: int | None, needed: int) -> None:
         if room is not None and room < needed:
             self.refuse(FirmwareStatus.INVALID_LENGTH, f"{name} is {room}; expected at least {needed}", {name: needed})
@@ -326,6 +393,9 @@ class PlatformCommands(ProcessorCore):
 
     def _store(self, identity: PlatformIdentity) -> None:
         """Before the change takes effect in this object: a crash leaves the old state or the new one."""
+        if self.state is not PlatformState.UNINIT and self.nv_address is not None:
+            self._write_nv(self.nv_address, identity)
+            return
         if self.storage is None:
             return
         try:

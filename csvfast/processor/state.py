@@ -4,14 +4,10 @@
       platform.state    PEK, PDH, OCA keys and certificates, ownership (0600); absent on a platform in factory state
       platform.lock     held with flock by the one process that uses the directory
 
-    platform.state: 0 "CSVFSTAT" 8 | 8 format version 4 | 12 flags 4 (bit 0: externally owned) | 16 PEK key 32 | 48 PDH key 32 |
-        80 OCA key 32 (zero when externally owned) | 112 PEK 2084 | 2196 PDH 2084 | 4280 OCA 2084 | 6364 MAC 32
-
-The MAC is HMAC-SM3 under a key derived from the chip's root secret: a file that was damaged, cut or taken from another chip
-is refused, and so is one whose keys and certificates do not belong together. A change is written to a new file, synced to
-the disk and renamed over the old one, and the directory is synced: a kill or a power failure at any moment leaves the old state
-or the new one. If the directory cannot be synced, what was there is put back, so that a change which was reported as failed does
-not come true at the next start. Keys pass through buffers that are wiped.
+platform_state.py has the file's layout; one that was damaged, cut or taken from another chip is refused. A change is written to a
+new file, synced to the disk and renamed over the old one, and the directory is synced: a kill or a power failure at any moment
+leaves the old state or the new one. If the directory cannot be synced, what was there is put back, so that a change which was
+reported as failed does not come true at the next start. Keys pass through buffers that are wiped.
 
 A directory belongs to the process that opened it: a child made by fork() is refused, and so is everybody once the directory has
 been replaced, opened to others, or lost its lock file.
@@ -30,27 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from csvfast.certs.chip import ChipIdentity
-from csvfast.certs.layout import CSV_BYTES, CsvCertificate, KeyUsage
 from csvfast.certs.private import check_private_directory
-from csvfast.crypto import SM2PrivateKey, hmac_sm3
-from csvfast.errors import AuthenticationError, CsvfastError, StateError
-from csvfast.processor.derivation import derive, wipe
-from csvfast.processor.identity import PlatformIdentity
+from csvfast.errors import StateError
+from csvfast.processor.derivation import wipe
+from csvfast.processor.platform_state import STATE_BYTES, decode_state, encode_state
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["STATE_BYTES", "STATE_FILE", "StateDirectory"]
+    from csvfast.processor.identity import PlatformIdentity
+
+__all__ = ["STATE_FILE", "StateDirectory"]
 
 STATE_FILE: Final = "platform.state"
-STATE_BYTES: Final = 6396
 LOCK_FILE: Final = "platform.lock"
-_MAGIC: Final = b"CSVFSTAT"
-_VERSION: Final = 1
-_OWNED: Final = 1
-_KEYS: Final = 16
-_CERTIFICATES: Final = 112
-_MAC: Final = STATE_BYTES - 32
 _TEMPORARY: Final = ".platform-state.part"
 
 
@@ -92,7 +81,7 @@ class StateDirectory:
             if content is None:
                 return None
             try:
-                return self._decode(content, file)
+                return decode_state(content, self.chip, str(file))
             finally:
                 wipe(content)
 
@@ -105,7 +94,7 @@ class StateDirectory:
             self._check_open()
             file = self.path / STATE_FILE
             before = _read_private(file)
-            content = self._encode(identity)
+            content = encode_state(identity, self.chip)
             try:
                 self._replace(content)
                 try:
@@ -196,84 +185,6 @@ class StateDirectory:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-
-    def _mac(self, body: memoryview) -> hmac_sm3:
-        key = derive(self.chip.root_secret, b"csvfast-platform-state", b"", 32)
-        try:
-            return hmac_sm3(key, body)
-        finally:
-            wipe(key)
-
-    def _encode(self, identity: PlatformIdentity) -> bytearray:
-        content = bytearray(STATE_BYTES)
-        content[:8] = _MAGIC
-        content[8:12] = _VERSION.to_bytes(4, "little")
-        content[12:16] = (_OWNED if identity.externally_owned else 0).to_bytes(4, "little")
-        for index, key in enumerate((identity.pek_key, identity.pdh_key, identity.oca_key)):
-            if key is not None:
-                secret = key.secret()
-                content[_KEYS + 32 * index : _KEYS + 32 * (index + 1)] = memoryview(secret)
-                secret.wipe()
-        certificates = identity.pek.encoded + identity.pdh.encoded + identity.oca.encoded
-        content[_CERTIFICATES:_MAC] = certificates
-        with memoryview(content) as view:
-            content[_MAC:] = self._mac(view[:_MAC]).digest()
-        return content
-
-    def _decode(self, content: bytearray, file: Path) -> PlatformIdentity:
-        if len(content) != STATE_BYTES or content[:8] != _MAGIC:
-            raise StateError(f"{file}: is no platform state of {STATE_BYTES} bytes")
-        version = int.from_bytes(content[8:12], "little")
-        if version != _VERSION:
-            raise StateError(f"{file}: format version {version}; expected {_VERSION}")
-        with memoryview(content) as view:
-            try:
-                self._mac(view[:_MAC]).verify(view[_MAC:])
-            except AuthenticationError:
-                raise StateError(f"{file}: is damaged or belongs to another chip") from None
-            flags = int.from_bytes(view[12:16], "little")
-            try:
-                pek, pdh, oca = (
-                    CsvCertificate.parse(view[start : start + CSV_BYTES])
-                    for start in range(_CERTIFICATES, _MAC, CSV_BYTES)
-                )
-                keys = [
-                    None if index == 2 and flags & _OWNED else SM2PrivateKey(view[start : start + 32])
-                    for index, start in enumerate(range(_KEYS, _CERTIFICATES, 32))
-                ]
-                identity = self._checked(keys, (pek, pdh, oca), file)
-            except StateError:
-                raise
-            except CsvfastError as problem:
-                raise StateError(f"{file}: is damaged: {problem}") from None
-        return identity
-
-    def _checked(
-        self,
-        keys: list[SM2PrivateKey | None],
-        certificates: tuple[CsvCertificate, CsvCertificate, CsvCertificate],
-        file: Path,
-    ) -> PlatformIdentity:
-        """Every key is its certificate's, and every certificate is signed by whom it must be."""
-        (pek_key, pdh_key, oca_key), (pek, pdh, oca) = keys, certificates
-        if pek_key is None or pdh_key is None:
-            raise StateError(f"{file}: a key is missing")
-        for name, key, certificate in (("PEK", pek_key, pek), ("PDH", pdh_key, pdh), ("OCA", oca_key, oca)):
-            if key is not None and key.public_key.point != certificate.point:
-                raise StateError(f"{file}: the {name} key is not that of the {name} certificate")
-        for name, subject, slot, signer, usage in (
-            ("PEK", pek, 0, self.chip.cek, KeyUsage.CEK),
-            ("PEK", pek, 1, oca, KeyUsage.OCA),
-            ("PDH", pdh, 0, pek, KeyUsage.PEK),
-        ):
-            found = subject.slots[slot]
-            try:
-                if found.usage != usage:
-                    raise StateError(f"{file}: slot {slot + 1} of the {name} is not for {usage.name}")
-                signer.public_key.verify(found.signature, subject.body, user_id=signer.user_id)
-            except AuthenticationError:
-                raise StateError(f"{file}: the {name} is not signed by this platform's {usage.name}") from None
-        return PlatformIdentity(pek_key, pek, pdh_key, pdh, oca, oca_key)
 
 
 def _locked(path: Path) -> int:

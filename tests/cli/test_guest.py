@@ -183,7 +183,7 @@ def test_session_secret_and_launch(folder: Path, command: Command) -> None:
 
 def test_a_session_only_for_a_genuine_platform(folder: Path, command: Command) -> None:
     certificates = export_pdh()
-    code, _, err = command("guest", "session", certificates, "--out", "session")
+    code, _, err = command("guest", "session", certificates, "--output", "session")
     assert code == 1
     assert "not shown to be genuine" in err, "Hygon's root is the default"
     data = certificates.read_bytes()
@@ -192,7 +192,15 @@ def test_a_session_only_for_a_genuine_platform(folder: Path, command: Command) -
     certificates.write_bytes(data[2084:])
     assert command("guest", "session", certificates, "--root", "chip/root.cert", "--out", "session")[0] == 2
     certificates.write_bytes(data[:-5])
-    assert command("guest", "session", certificates, "--root", "chip/root.cert", "--out", "session")[0] == 2
+    code, _, err = command("guest", "session", certificates, "--root", "chip/root.cert", "-o", "session")
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(certificates) in err, "which of the files it is"
+    certificates.write_bytes(data)
+    Path("bad.root").write_bytes(bytes(831))
+    code, _, err = command("guest", "session", certificates, "--root", "bad.root", "-o", "session")
+    assert (code, "--root: bad.root: " in err) == (2, True)
+    code, _, err = command("guest", "session", certificates.with_name("absent"), "-o", "session")
+    assert (code, "absent: No such file" in err) == (3, True)
     assert not Path("session").exists()
     certificates.write_bytes(data[:2084])
     assert done(command, "guest", "session", certificates, "--unverified", "--out", "session")["verified"] is False
@@ -213,7 +221,7 @@ def test_a_guest_on_a_server(socket: Path, command: Command) -> None:
         (first["handle"], 1, "RUNNING"), (second["handle"], 2, "RUNNING"),
     ]  # fmt: skip
     assert "guest 1: RUNNING, policy 0x00000001, ASID 1" in command("guest", "status", *server)[1]
-    record = done(command, "guest", "report", 2, *server, "--out", "report", "--report-data", "abcd")
+    record = done(command, "guest", "report", 2, *server, "-o", "report", "--report-data", "abcd")
     assert record["digest"] == DIGEST
     report = read_evidence(Path("report").read_bytes()).report
     assert (report.report_data[:2], report.policy.value) == (b"\xab\xcd", 5)
@@ -255,7 +263,7 @@ def test_a_secret_after_the_owner_saw_the_measurement(socket: Path, command: Com
         table = machine.guest_read(held["handle"], (ram.address + SECRET_AREA) | C_BIT, sent["bytes"])
         assert b"swordfish\0" in table
         assert b"swordfish" not in machine.read(0, machine.size)
-    packed = done(command, "guest", "secret", *owner, "--expect", DIGEST, "--out", "packed")
+    packed = done(command, "guest", "secret", *owner, "--expect", DIGEST, "-o", "packed")
     assert packed["bytes"] == sent["bytes"]
     assert len(base64.b64decode(Path("packed/secret-header.b64").read_text())) == 52
     assert len(base64.b64decode(Path("packed/secret.b64").read_text())) == packed["bytes"]
@@ -400,7 +408,7 @@ def test_two_sockets(folder: Path, command: Command) -> None:
         (["launch", "--firmware", "firmware", "--state", "chip", "--report-data", "00" * 65], 2, "65 bytes"),
         (["launch", "--firmware", "firmware", "--state", "none"], 3, "no such directory"),
         (["launch", "--firmware", "none", "--state", "chip"], 3, "none"),
-        (["status", "--socket", "none"], 3, "No such file"),
+        (["status", "--socket", "none"], 3, "none: No such file"),
         (
             ["secret", "--session", "s", "--disk-password", "p", "--measurement", "00", "--expect", "00"],
             2,

@@ -25,10 +25,11 @@ CORPUS_MAX = 4000
 class Mutator:
     """A corpus and a seeded stream of changes to it."""
 
-    def __init__(self, seeds: list[bytes], seed: int, *, text: bool = False) -> None:
+    def __init__(self, seeds: list[bytes], seed: int, *, text: bool = False, learn_max: int = 1 << 20) -> None:
         self.corpus = list(seeds)
         self.random = random.Random(seed)
         self.text = text
+        self.learn_max = learn_max
         self.seen: set[Hashable] = set()
 
     def next(self) -> bytes:
@@ -45,7 +46,7 @@ class Mutator:
         if answer in self.seen:
             return False
         self.seen.add(answer)
-        if len(self.corpus) < CORPUS_MAX:
+        if len(self.corpus) < CORPUS_MAX and len(data) <= self.learn_max:
             self.corpus.append(data)
         return True
 

@@ -27,9 +27,13 @@ def platform(size: int) -> tuple[csvfast.EncryptedMemory, Processor]:
 
 
 class Target(ABC):
-    """One thing to fuzz. `text` tells the mutator that the format is text."""
+    """One thing to fuzz.
+
+    `text` tells the mutator that the format is text. Inputs longer than `learn_max` never join the corpus: it would get slow.
+    """
 
     text = False
+    learn_max = 1 << 20
 
     def __init__(self) -> None:
         self.seeds: list[bytes] = []

@@ -206,9 +206,11 @@ class EvidenceJsonTarget(Target):
     """Evidence as csv-rs and trustee write it. Arrays of the real size are one seed; most seeds are short, to be quick."""
 
     text = True
+    learn_max = 4000
 
     def __init__(self) -> None:
         super().__init__()
+        self.tried = 0
         page = _pages()[2]
         evidence = read_evidence(page).with_certificates(_chip.hsk_cek)
         whole = evidence.to_json()
@@ -227,7 +229,9 @@ class EvidenceJsonTarget(Target):
         self.seeds += [whole, b"{}", b"[]", b'{"attestation_report":{"magic":[],"flags":0,"data":[]}}']
 
     def handle(self, data: bytes) -> Hashable:
-        self.compare(data.decode("utf-8", "replace"))
+        self.tried += 1
+        if self.tried % 8 == 0:
+            self.compare(data.decode("utf-8", "replace"))
         evidence = read_evidence(data)
         return evidence.encoding, evidence.report.version, evidence.event_log is None
 

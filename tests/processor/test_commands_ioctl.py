@@ -83,3 +83,11 @@ def test_round_trip_and_length() -> None:
     assert ioctl.IssueCommand.unpack(command.pack()) == command
     with pytest.raises(FormatError, match=r"IssueCommand: .*15 bytes; expected 16 bytes"):
         ioctl.IssueCommand.unpack(command.pack()[:15])
+
+
+def test_chip_ids_of_two_sockets() -> None:
+    ids = ioctl.ChipIds(b"SIM1")
+    assert ids.pack() == b"SIM1".ljust(128, b"\0")
+    assert ioctl.ChipIds.unpack(bytes(64) + b"B" * 64).second_socket == b"B" * 64
+    with pytest.raises(FormatError, match="127 bytes"):
+        ioctl.ChipIds.unpack(bytes(127))

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from reference.mailbox_driver import BUFFER, RAM, Setup
+from reference.mailbox_driver import BUFFER, RAM, Driver, Setup
 
 from csvfast.certs import ManufacturingLine
 from csvfast.crypto import sm3
@@ -118,6 +118,18 @@ def test_launch_digest_and_walls(setup: Setup) -> None:
     assert driver.read(BUFFER, 4096) == SAVE_AREA
 
 
+def refused_anywhere(driver: Driver, command: Command, private: int, fields: dict[str, int], *names: str) -> None:
+    """Each of the addresses wrong in turn. That the guest is as before shows when the command is then done once."""
+    for name in names:
+        for address, status in (
+            (1 << 40, FirmwareStatus.INVALID_ADDRESS),
+            (SMCR + 256 * MIB - 4, FirmwareStatus.INVALID_ADDRESS),
+            (private, FirmwareStatus.INVALID_PAGE_OWNER),
+            (SMCR - 4, FirmwareStatus.INVALID_PAGE_OWNER),
+        ):
+            assert driver.run(command, **(fields | {f"{name}_address": address}))[0] is status, (name, address)
+
+
 def test_migration(line: ManufacturingLine, setup: Setup) -> None:
     source, target = setup, secured(line)
     away, home = source.driver, target.driver
@@ -182,6 +194,9 @@ def test_migration(line: ManufacturingLine, setup: Setup) -> None:
         away.run(Command.SEND_ENCRYPT_DATA, handle=handle, **(packet | lengths))[0] is FirmwareStatus.INVALID_PAGE_OWNER
     )
     away.write(BUFFER + 8192, struct.pack("<QQ", RAM, RAM + 0x2000))
+    refused_anywhere(
+        away, Command.SEND_ENCRYPT_DATA, SMR, {"handle": handle} | packet | lengths, "header", "guest", "transport"
+    )
     away.done(Command.SEND_ENCRYPT_DATA, handle=handle, **(packet | lengths))
     assert away.read(RAM, 4096) != PAGES[:4096]
 
@@ -207,6 +222,10 @@ def test_migration(line: ManufacturingLine, setup: Setup) -> None:
     needed = block["transport_length"]
     assert 0 < needed <= 8192
     context |= {"header_length": 60, "transport_length": needed}
+    refused_anywhere(away, Command.SEND_ENCRYPT_CONTEXT, SMR, {"handle": handle} | context, "header", "transport")
+    away.write(BUFFER + 8192, struct.pack("<Q", SMR))
+    assert away.run(Command.SEND_ENCRYPT_CONTEXT, handle=handle, **context)[0] is FirmwareStatus.INVALID_PAGE_OWNER
+    away.write(BUFFER + 8192, struct.pack("<Q", RAM))
     away.done(Command.SEND_ENCRYPT_CONTEXT, handle=handle, **context)
     away.done(Command.SEND_FINISH, handle=handle)
     carry(4096)
@@ -216,7 +235,18 @@ def test_migration(line: ManufacturingLine, setup: Setup) -> None:
     for length in (7, 4104, 0xFFFFFFF8):
         status, _ = home.run(Command.RECEIVE_ENCRYPT_CONTEXT, handle=new, vmcb_length=length, **context, **vmcbs)
         assert status is FirmwareStatus.INVALID_LENGTH
-    home.done(Command.RECEIVE_ENCRYPT_CONTEXT, handle=new, vmcb_length=8, **context, **vmcbs)
+    arrival = {"handle": new, "vmcb_length": 8} | context | vmcbs
+    refused_anywhere(
+        home,
+        Command.RECEIVE_ENCRYPT_CONTEXT,
+        SMR + 8 * MIB,
+        arrival,
+        "header",
+        "transport",
+        "shadow_vmcb",
+        "secure_vmcb",
+    )
+    home.done(Command.RECEIVE_ENCRYPT_CONTEXT, **arrival)
     (secure,) = struct.unpack("<Q", home.read(BUFFER + 0x3800, 8))
     assert SMR + 8 * MIB <= secure < SMR + 16 * MIB
     home.done(Command.RECEIVE_FINISH, handle=new)

@@ -33,13 +33,13 @@ from csvfast.processor.profile import PROFILE_1_4_2337
 S = FirmwareStatus
 LINE = ManufacturingLine.create()
 CHIP = LINE.make_chip()
-OTHER_CHIP = LINE.make_chip()             # same root: a platform guests may move to
-FOREIGN_CHIP = ManufacturingLine.create().make_chip()   # another root: no platform to trust
+OTHER_CHIP = LINE.make_chip()  # same root: a platform guests may move to
+FOREIGN_CHIP = ManufacturingLine.create().make_chip()  # another root: no platform to trust
 MIB = 1 << 20
 MEMORY = 4 * MIB
 TMR = 1 * MIB
-DATA = 2 * MIB          # guests' pages
-BUFFERS = 3 * MIB       # command buffers and what they point at
+DATA = 2 * MIB  # guests' pages
+BUFFERS = 3 * MIB  # command buffers and what they point at
 ASID_MAX = 5
 CORES = 2
 MIN_CSV_ASID = 3
@@ -161,7 +161,9 @@ class MailboxDriver:
         self.memory.write(at, pdh, 0)
         self.memory.write(at + 0x1000, platform, 0)
         self.memory.write(at + 0x3000, vendor, 0)
-        head = struct.pack("<IIQIIQIIQI", handle, 0, at, len(pdh), 0, at + 0x1000, len(platform), 0, at + 0x3000, len(vendor))
+        head = struct.pack(
+            "<IIQIIQIIQI", handle, 0, at, len(pdh), 0, at + 0x1000, len(platform), 0, at + 0x3000, len(vendor)
+        )
         answer = self.send(0x40, head + struct.pack("<IQI", 0, at + 0x4000, 772))
         return int.from_bytes(answer[4:8], "little"), bytes(self.memory.read(at + 0x4000, 772, 0))
 
@@ -199,8 +201,8 @@ class Machine(RuleBasedStateMachine):
         self.es = False
         self.guests: dict[int, GuestModel] = {}
         self.used_handles: set[int] = set()
-        self.dirty: dict[int, set[int]] = {}     # ASID -> cores whose caches may still hold its lines
-        self.needs_flush: set[int] = set()       # ASIDs that DF_FLUSH has not given back yet
+        self.dirty: dict[int, set[int]] = {}  # ASID -> cores whose caches may still hold its lines
+        self.needs_flush: set[int] = set()  # ASIDs that DF_FLUSH has not given back yet
         self.next_page = 0
         # number of the page -> its ciphertext at some moment, and whose plaintext it was
         self.recorded: dict[int, tuple[bytes, dict[int, bytes]]] = {}
@@ -221,9 +223,12 @@ class Machine(RuleBasedStateMachine):
         else:
             assert not broken, f"{name}{reprlib.repr(arguments)} succeeded although {sorted(broken)} should refuse it"
             return True if answer is None or answer == b"" else answer
-        assert status in broken | either, f"{name}{reprlib.repr(arguments)}: {status.name}, rules broken: {broken or 'none'}"
+        assert status in broken | either, (
+            f"{name}{reprlib.repr(arguments)}: {status.name}, rules broken: {broken or 'none'}"
+        )
         assert self.snapshot() == before, f"{name}{reprlib.repr(arguments)} was refused and changed something"
         return None
+
     def snapshot(self) -> object:
         """All that a refused command must leave alone, as far as it can be seen from outside."""
         guests = [
@@ -283,7 +288,12 @@ class Machine(RuleBasedStateMachine):
         answer = self.expect(set(), "platform_status")
         if isinstance(answer, bytes):
             api, minor, state, _owner, word, count = struct.unpack("<BBBBII", answer)
-            assert (api, minor, word >> 1, word & 1) == (1, 4, 2337, int(self.es and self.platform is not Platform.UNINIT))
+            assert (api, minor, word >> 1, word & 1) == (
+                1,
+                4,
+                2337,
+                int(self.es and self.platform is not Platform.UNINIT),
+            )
         else:
             state, count = int(answer.state), answer.guest_count
         assert (state, count) == (int(self.platform), len(self.guests))
@@ -320,7 +330,9 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.guests) < 4)
     @rule(
-        policy=st.sampled_from([0, NODBG, NODBG | ES, ES, NOSEND, DOMAIN, NODBG | 2 << 16, 1 << 16 | 4 << 24, 1 << 16 | 5 << 24]),
+        policy=st.sampled_from(
+            [0, NODBG, NODBG | ES, ES, NOSEND, DOMAIN, NODBG | 2 << 16, 1 << 16 | 4 << 24, 1 << 16 | 5 << 24]
+        ),
         wrong_handle=st.sampled_from([0, 0, 0, BAD_HANDLE]),
     )
     def launch_start(self, policy: int, wrong_handle: int) -> None:
@@ -398,8 +410,15 @@ class Machine(RuleBasedStateMachine):
         answer = self.expect(self.guest_rules(handle), "guest_status", handle)
         if answer is not None:
             guest = self.guests[handle]
-            seen = answer if isinstance(answer, tuple) and len(answer) == 3 else (
-                answer.policy if isinstance(answer.policy, int) else answer.policy.value, answer.asid or 0, int(answer.state))
+            seen = (
+                answer
+                if isinstance(answer, tuple) and len(answer) == 3
+                else (
+                    answer.policy if isinstance(answer.policy, int) else answer.policy.value,
+                    answer.asid or 0,
+                    int(answer.state),
+                )
+            )
             assert (int(seen[0]), int(seen[1]), int(seen[2])) == (guest.policy, guest.asid or 0, int(guest.state))
 
     @rule(
@@ -451,7 +470,9 @@ class Machine(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 9))
     def launch_measure(self, choice: int) -> None:
         handle = self.some_handle(choice)
-        blob = self.expect(self.guest_rules(handle, State.LUPDATE), "launch_measure", handle, either=self.active_rule(handle))
+        blob = self.expect(
+            self.guest_rules(handle, State.LUPDATE), "launch_measure", handle, either=self.active_rule(handle)
+        )
         if blob is not None:
             guest = self.guests[handle]
             assert len(blob) == 48
@@ -587,7 +608,9 @@ class Machine(RuleBasedStateMachine):
             guest.state = State.SUPDATE
             policy, session = answer
             source_pdh, source_platform = self.processor.pdh_cert_export()
-            arrived = target.receive_start(policy, source_pdh + source_platform + CHIP.hsk.encoded + CHIP.root.encoded, session)
+            arrived = target.receive_start(
+                policy, source_pdh + source_platform + CHIP.hsk.encoded + CHIP.root.encoded, session
+            )
             target.activate(arrived, ASID_MAX)
             pages = sorted(guest.pages.items())
             for number, plain in pages:
@@ -702,12 +725,23 @@ def walk(machine: Machine, seed: int, steps: int) -> None:
         (1, lambda: machine.init(rng.random() < 0.8)),
         (3, lambda: machine.certificates(rng.choice(["pek_gen", "pdh_gen", "pek_csr", "pdh_cert_export"]))),
         (3, lambda: machine.wbinvd(rng.randrange(CORES))),
-        (4, lambda: len(machine.guests) < 4 and machine.launch_start(rng.choice(policies), rng.choice([0, 0, 0, BAD_HANDLE]))),
+        (
+            4,
+            lambda: (
+                len(machine.guests) < 4
+                and machine.launch_start(rng.choice(policies), rng.choice([0, 0, 0, BAD_HANDLE]))
+            ),
+        ),
         (8, lambda: machine.activate(rng.randrange(10), rng.randrange(ASID_MAX + 2))),
         (5, lambda: machine.deactivate(rng.randrange(10))),
         (3, lambda: machine.decommission(rng.randrange(10))),
         (3, lambda: machine.guest_status(rng.randrange(10))),
-        (8, lambda: machine.launch_update_data(rng.randrange(10), rng.choice([0, 0, 0, 8]), rng.choice([4096, 4096, 64, 40]))),
+        (
+            8,
+            lambda: machine.launch_update_data(
+                rng.randrange(10), rng.choice([0, 0, 0, 8]), rng.choice([4096, 4096, 64, 40])
+            ),
+        ),
         (4, lambda: machine.launch_update_vmsa(rng.randrange(10), rng.choice([4096, 4096, 2048]))),
         (5, lambda: machine.launch_measure(rng.randrange(10))),
         (5, lambda: machine.launch_finish(rng.randrange(10))),
@@ -719,7 +753,10 @@ def walk(machine: Machine, seed: int, steps: int) -> None:
         (2, lambda: machine.swap(rng.randrange(16), rng.randrange(16))),
         (2, lambda: machine.flip(rng.randrange(16), rng.randrange(8 * 4096))),
         (4, lambda: machine.migrate(rng.randrange(10), rng.choice([OTHER_CHIP, FOREIGN_CHIP]), rng.random() < 0.5)),
-        (20, lambda: machine.guests and machine.advance(rng.randrange(4), rng.random() < 0.3, rng.randint(1, ASID_MAX))),
+        (
+            20,
+            lambda: machine.guests and machine.advance(rng.randrange(4), rng.random() < 0.3, rng.randint(1, ASID_MAX)),
+        ),
         (6, lambda: machine.platform is Platform.UNINIT and machine.wake_up()),
     ]
     weights = [weight for weight, _move in moves]

@@ -19,7 +19,8 @@ from csvfast.certs.manufacturing import ManufacturingLine
 from csvfast.crypto import SM2PrivateKey
 from csvfast.errors import FirmwareError, FirmwareStatus, StateError
 from csvfast.processor import Processor, StateDirectory
-from csvfast.processor.state import STATE_BYTES, STATE_FILE
+from csvfast.processor.platform_state import STATE_BYTES
+from csvfast.processor.state import STATE_FILE
 
 S = FirmwareStatus
 
