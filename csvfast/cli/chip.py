@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from csvfast.cli.common import CommandError, print_json
+from csvfast.cli.common import CommandError, ExitCode, print_json
 
 if TYPE_CHECKING:
     from csvfast.certs import ChipIdentity
@@ -55,9 +57,11 @@ def new(
         manufacturer = ManufacturingLine.load(line)
     else:
         manufacturer = ManufacturingLine.create(name=line.absolute().name)
-        manufacturer.save(line)
+        with _naming(line):
+            manufacturer.save(line)
     chip = manufacturer.make_chip(chip_id)
-    chip.save(directory)
+    with _naming(directory):
+        chip.save(directory)
     _show(chip, directory, json)
 
 
@@ -69,6 +73,15 @@ def show(
     from csvfast.certs import ChipIdentity
 
     _show(ChipIdentity.load(directory), directory, json)
+
+
+@contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """Writing happens in a temporary directory beside it, if the system names a file at all: the user typed this one."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{directory}: {error.strerror or error}", ExitCode.ENVIRONMENT) from None
 
 
 def _show(chip: ChipIdentity, directory: Path, json: bool) -> None:

@@ -204,10 +204,17 @@ def _nonce(text: str) -> bytes:
 
 def _roots(paths: list[str] | None) -> list[CaCertificate] | None:
     from csvfast.certs import CA_BYTES, CaCertificate
+    from csvfast.errors import FormatError
 
     if not paths:
         return None
-    return [CaCertificate.parse(_read(path, CA_BYTES)) for path in paths]
+    roots = []
+    for path in paths:
+        try:
+            roots.append(CaCertificate.parse(_read(path, CA_BYTES)))
+        except FormatError as problem:
+            raise CommandError(f"--root: {path}: {problem}") from None
+    return roots
 
 
 def _verified(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -83,3 +84,18 @@ def test_directories_that_are_no_chips(csvfast_here: Run, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     assert csvfast_here("chip", "new", tmp_path / "chip2", "--line", tmp_path / "file").returncode == 3
     assert not (tmp_path / "chip2").exists()
+
+
+@pytest.mark.parametrize("where", ["chip", "line"])
+def test_full_disk(csvfast_here: Run, tmp_path: Path, where: str) -> None:
+    options = ("--line", tmp_path / "line") if where == "line" else ()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        done = csvfast_here("chip", "new", tmp_path / "chip", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 3
+    assert str(tmp_path / where) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -178,7 +178,10 @@ def in_a_terminal(*arguments: object) -> tuple[str, str]:
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     program = [sys.executable, "-P", "-m", "csvfast", "measure", *map(str, arguments)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=follower, stdin=subprocess.DEVNULL) as process:
+    environment = os.environ | {"TERM": "xterm"}  # a caller's TERM=dumb would ask for plain text
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=follower, stdin=subprocess.DEVNULL, env=environment
+    ) as process:
         os.close(follower)
         shown = b""
         while True:

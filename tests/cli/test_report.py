@@ -86,6 +86,9 @@ def test_verify_json(run: Run, files: Path, platform: Platform) -> None:
 
 def test_every_place_for_certificates(run: Run, files: Path, platform: Platform) -> None:
     assert run("verify", "--root", "root.cert", "evidence.json").returncode == 0
+    (files / "empty").touch()
+    done = run("verify", "--root", "empty", "evidence.json")
+    assert (done.returncode, "--root: empty: CA certificate" in done.stderr) == (2, True)
     chain = platform.pek.encoded + platform.chip.cek.encoded + platform.line.hsk.encoded + platform.line.root.encoded
     (files / "chain").write_bytes(chain)
     assert run("verify", "--root", "root.cert", "--certs", "chain", "report.cert").returncode == 0
