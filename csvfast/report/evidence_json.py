@@ -281,7 +281,7 @@ def _leaf(parent: dict[str, Any], name: str, size: int, kind: str, path: str) ->
     value = _member(parent, name, path)
     if kind == "int":
         if type(value) is not int or not 0 <= value < 1 << 8 * size:
-            found = str(value) if type(value) is int else _kind(value)
+            found = str(value)[:32] if type(value) is int else _kind(value)
             raise FormatError(_NAME, _path(path, name), None, found, f"an integer of {8 * size} bits")
         return value.to_bytes(size, "little")
     if type(value) not in (list, bytes) or len(value) != size:
@@ -293,7 +293,7 @@ def _leaf(parent: dict[str, Any], name: str, size: int, kind: str, path: str) ->
         with contextlib.suppress(ValueError):
             return bytes(value)
     index, wrong = next((i, v) for i, v in enumerate(value) if type(v) is not int or not 0 <= v <= 255)
-    found = str(wrong) if type(wrong) is int else _kind(wrong)
+    found = str(wrong)[:32] if type(wrong) is int else _kind(wrong)
     raise FormatError(_NAME, f"{_path(path, name)}[{index}]", None, found, "an integer 0 .. 255")
 
 
