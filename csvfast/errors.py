@@ -30,6 +30,15 @@ written to the caller's buffers or to memory, unless the class says otherwise.
     ├── VerificationError                      a certificate chain or report is not genuine: which step, why
     ├── AppraisalError                         genuine, but not what the policy allows: every violation
     ├── FirmwareError                          the security processor refused a command: its status code
+    ├── AttestedTlsError (ConnectionError)     a TLS peer was refused, or the connection failed: at which stage
+    ├── BrokerError                            the key broker did not do what was asked
+    │   ├── RequestError (ValueError)          a request that is no request of the protocol
+    │   ├── DeniedError                        not allowed: the reason is for operators, the text for anybody
+    │   ├── LimitedError                       too many requests or failures: when to come again
+    │   ├── UnavailableError                   the store or the audit log cannot be written, so nothing is released
+    │   ├── StaleGenerationError               decided on the grounds of policies or keys that have changed since
+    │   ├── ConflictError                      what is asked for contradicts what is there
+    │   └── UnknownError (LookupError)         administration: there is no such thing
     ├── StateError                             a directory of chip, platform or broker state is damaged, in use or not private
     ├── MissingExtraError (ImportError)        an optional package is needed: the pip command to type
     ├── ClosedError (ValueError)               the memory has been closed
@@ -57,10 +66,14 @@ __all__ = [
     "ArgumentError",
     "AsidError",
     "AsidInUseError",
+    "AttestedTlsError",
     "AuthenticationError",
+    "BrokerError",
     "BufferTypeError",
     "ClosedError",
+    "ConflictError",
     "CsvfastError",
+    "DeniedError",
     "FirmwareError",
     "FirmwareStatus",
     "FormatError",
@@ -71,18 +84,23 @@ __all__ = [
     "KeyRangeError",
     "LengthError",
     "LimitError",
+    "LimitedError",
     "MemoryInUseError",
     "MissingExtraError",
     "NonContiguousBufferError",
     "OverlapError",
     "PointError",
     "ReadOnlyBufferError",
+    "RequestError",
     "SignatureError",
     "SnapshotError",
+    "StaleGenerationError",
     "StartupError",
     "StateError",
     "SystemCallError",
+    "UnavailableError",
     "UnknownAsidError",
+    "UnknownError",
     "VerificationError",
     "WeakKeyError",
 ]
@@ -273,6 +291,69 @@ class FirmwareError(CsvfastError):
         super().__init__(f"{status.name} ({status:#04x}): {message}")
         self.status = status
         self.needed = needed or {}
+
+
+class AttestedTlsError(CsvfastError, ConnectionError):
+    """A TLS peer was refused, or the connection to it failed.
+
+    Attributes:
+        stage: "handshake", "certificate", "binding", "verify", "appraise", "deadline" or "closed". The text is for this
+            side's operator; a refused peer sees an alert or the end of the connection.
+    """
+
+    def __init__(self, stage: str, message: str) -> None:
+        super().__init__(f"{stage}: {message}")
+        self.stage = stage
+
+
+class BrokerError(CsvfastError):
+    """The key broker did not do what was asked."""
+
+
+class RequestError(BrokerError, ValueError):
+    """A request that is no request of the protocol: what was wrong, and what was expected."""
+
+
+class DeniedError(BrokerError):
+    """The request is understood and refused.
+
+    Attributes:
+        reason: for the operator's log and audit; never sent to a peer.
+        correlation: what the peer is told, so that an operator can find the reason.
+    """
+
+    def __init__(self, reason: str, correlation: str = "") -> None:
+        super().__init__(f"not allowed ({correlation})" if correlation else "not allowed")
+        self.reason = reason
+        self.correlation = correlation
+
+
+class LimitedError(BrokerError):
+    """Too many requests or failures.
+
+    Attributes:
+        retry_after: seconds after which another request can succeed.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(BrokerError):
+    """The store or the audit log cannot be read or written: nothing is released until it can."""
+
+
+class StaleGenerationError(BrokerError):
+    """A decision rests on policies, references or keys that have changed since: decide again."""
+
+
+class ConflictError(BrokerError):
+    """What is asked for contradicts what is there, e.g. a name that is taken."""
+
+
+class UnknownError(BrokerError, LookupError):
+    """Administration: there is no such resource, policy, reference value or token."""
 
 
 class StateError(CsvfastError):
