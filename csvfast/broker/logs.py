@@ -1,0 +1,63 @@
+"""The broker's log: one JSON object a line, with the correlation id that peers are told and audit records carry.
+
+    {"time": "2026-01-31T12:00:00.000Z", "level": "info", "logger": "csvfast.broker.kbs", "event": "denied", "correlation": "..."}
+
+`event` is the message; further members come from `extra={"fields": {...}}`. Values are shortened, control characters escaped by
+JSON. Nobody passes key material here; what looks like one is not searched for.
+
+Thread-safety: as logging.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sys
+from datetime import UTC, datetime
+from typing import Any, Final, TextIO
+
+__all__ = ["JsonFormatter", "event", "new_correlation", "set_up"]
+
+_VALUE_LIMIT: Final = 2000
+
+
+def new_correlation() -> str:
+    """16 hexadecimal digits that link a peer's answer, the log and the audit record of one request."""
+    return secrets.token_hex(8)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without the line feed."""
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage()[:_VALUE_LIMIT],
+        }
+        for name, value in getattr(record, "fields", {}).items():
+            entry[name] = value if isinstance(value, (int, float, bool)) or value is None else str(value)[:_VALUE_LIMIT]
+        if record.exc_info:
+            # The traceback's lines name places in the source, its last one the message; neither holds arguments.
+            entry["exception"] = self.formatException(record.exc_info)[-2 * _VALUE_LIMIT :]
+        return json.dumps(entry, ensure_ascii=True)
+
+
+def event(logger: logging.Logger, level: int, text: str, **fields: object) -> None:
+    """Logs `text` with members of their own."""
+    if logger.isEnabledFor(level):
+        logger.log(level, text, extra={"fields": fields})
+
+
+def set_up(level: str = "info", stream: TextIO | None = None) -> None:
+    """Sends csvfast's and uvicorn's records to `stream` (default: standard error) as JSON lines."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("csvfast", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level.upper())
+        logger.propagate = False
