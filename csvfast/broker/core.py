@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from csvfast.broker.attestation import (
     Attestation,
@@ -60,6 +60,16 @@ _log: Final = logging.getLogger(__name__)
 _NO_QUERY: Final[Mapping[str, str]] = MappingProxyType({})
 _TRIES: Final = 8  # generations that may pass by while one decision is made
 _REASON_LIMIT: Final = 1000
+
+
+class _Case(NamedTuple):
+    """One request, for its records."""
+
+    action: str
+    path: ResourcePath | None
+    door: str
+    address: str
+    correlation: str
 
 
 class GuestJudge:
@@ -184,6 +194,7 @@ class Broker:
             key           which key it is bound to, hexadecimal
         DeniedError when it is not genuine or not allowed, LimitedError, UnavailableError.
         """
+        case = _Case("attest", None, door, address, correlation)
         subject: Mapping[str, str] = {"tee": tee, "evidence": digest_of(encoded), "key": key}
         self.limits.check_request(address)
         for _ in range(_TRIES):
@@ -209,25 +220,10 @@ class Broker:
                 else:
                     attestation = judge()
             except CsvfastError as error:
-                reason = f"evidence not genuine: {error}"
-                await self._deny("attest", reason, subject, None, {}, door, address, correlation, None)
-            decision = attestation.decision
-            record = self._record(
-                "attest", "allowed", "", attestation.subject(), None, attestation.policy, door, address, correlation
-            )
+                await self._deny(case, f"evidence not genuine: {error}", subject, {}, None)
             try:
-                if not decision.allowed:
-                    await self._deny(
-                        "attest",
-                        _explained("appraisal", decision),
-                        attestation.subject(),
-                        None,
-                        attestation.policy,
-                        door,
-                        address,
-                        correlation,
-                        grounds.generation,
-                    )
+                await self._require_allowed(case, attestation)
+                record = self._record(case, "allowed", "", attestation.subject(), attestation.policy)
                 await self.store.committer.commit(Job((record,), grounds.generation))
             except StaleGenerationError:
                 continue
@@ -254,66 +250,40 @@ class Broker:
             action   "release", or "unwrap" when the key is used here and does not leave
         DeniedError: not allowed, or there is none (the peer is not told which). LimitedError, UnavailableError.
         """
+        case = _Case(action, path, door, address, correlation)
         version = _version(query)
         for _ in range(_TRIES):
             grounds = await self._current_grounds()
             try:
                 attestation = await self._still(attestation, grounds)
                 subject = attestation.subject()
-                if not attestation.allowed:
-                    await self._deny(
-                        action,
-                        _explained("appraisal", attestation.decision),
-                        subject,
-                        path,
-                        attestation.policy,
-                        door,
-                        address,
-                        correlation,
-                        grounds.generation,
-                    )
+                await self._require_allowed(case, attestation)
                 try:
                     self.limits.check_release(attestation.key or attestation.evidence_digest, str(path))
                 except LimitedError as error:
-                    await self._note("denied", action, f"limit: {error}", subject, path, door, address, correlation)
+                    await self._note(case, f"limit: {error}", subject)
                     raise
                 compiled = grounds.resource(path.repository)
                 policy = self._both(attestation, compiled)
                 document = resource_document(path, plugin, query, attestation.token_claims())
                 decision = await self._evaluate(compiled, document, grounds)
                 if not decision.allowed:
-                    await self._deny(
-                        action,
-                        _explained("resource policy", decision),
-                        subject,
-                        path,
-                        policy,
-                        door,
-                        address,
-                        correlation,
-                        grounds.generation,
-                    )
+                    await self._deny(case, _explained("resource policy", decision), subject, policy, grounds.generation)
                 resource = await self._resource(path, version)
                 if resource is None:
-                    await self._deny(
-                        action,
-                        "there is no such resource, or it is retired",
-                        subject,
-                        path,
-                        policy,
-                        door,
-                        address,
-                        correlation,
-                        grounds.generation,
-                    )
-                record = self._record(
-                    action, "allowed", "", subject, path, policy, door, address, correlation, resource.version
-                )
+                    reason = "there is no such resource, or it is retired"
+                    await self._deny(case, reason, subject, policy, grounds.generation)
+                record = self._record(case, "allowed", "", subject, policy, resource.version)
                 await self.store.committer.commit(Job((record,), grounds.generation))
             except StaleGenerationError:
                 continue
             return resource
         raise UnavailableError("policies change faster than one decision can be made")
+
+    async def _require_allowed(self, case: _Case, attestation: Attestation) -> None:
+        if not attestation.allowed:
+            reason = _explained("appraisal", attestation.decision)
+            await self._deny(case, reason, attestation.subject(), attestation.policy, attestation.generation)
 
     async def _still(self, attestation: Attestation, grounds: Grounds) -> Attestation:
         """The attestation as the grounds of now see it."""
@@ -355,78 +325,54 @@ class Broker:
         correlation = correlation or new_correlation()
         event(_log, logging.WARNING, "refused", door=door, address=address, correlation=correlation, reason=reason)
         self.limits.note_failure(address)
-        record = self._record("attest", "denied", reason, subject or {}, None, {}, door, address, correlation)
+        record = self._record(_Case("attest", None, door, address, correlation), "denied", reason, subject or {}, {})
         try:
             self.store.committer.submit(Job((record,), None))
         except CsvfastError as error:
             event(_log, logging.ERROR, "refusal not on record", correlation=correlation, error=str(error))
 
     async def _deny(
-        self,
-        action: str,
-        reason: str,
-        subject: Mapping[str, str],
-        path: ResourcePath | None,
-        policy: Mapping[str, Any],
-        door: str,
-        address: str,
-        correlation: str,
-        generation: int | None,
+        self, case: _Case, reason: str, subject: Mapping[str, str], policy: Mapping[str, Any], generation: int | None
     ) -> NoReturn:
         """Puts a refusal on record and raises it. StaleGenerationError: it may be allowed by now."""
         if generation is not None:
             # Somebody may have allowed it in another process, of which nothing was heard yet.
             await asyncio.to_thread(self.store.look)
-        record = self._record(action, "denied", reason, subject, path, policy, door, address, correlation)
         try:
-            await self.store.committer.commit(Job((record,), generation))
+            await self.store.committer.commit(Job((self._record(case, "denied", reason, subject, policy),), generation))
         except UnavailableError as error:
-            event(_log, logging.ERROR, "denial not on record", correlation=correlation, error=str(error))
-        self.limits.note_failure(address)
-        event(
-            _log, logging.WARNING, "denied", door=door, action=action, address=address, correlation=correlation,
-            resource=path, reason=reason,
-        )  # fmt: skip
-        raise DeniedError(reason, correlation)
+            event(_log, logging.ERROR, "denial not on record", correlation=case.correlation, error=str(error))
+        self.limits.note_failure(case.address)
+        self._tell("denied", case, reason)
+        raise DeniedError(reason, case.correlation)
 
-    async def _note(
-        self,
-        outcome: str,
-        action: str,
-        reason: str,
-        subject: Mapping[str, str],
-        path: ResourcePath | None,
-        door: str,
-        address: str,
-        correlation: str,
-    ) -> None:
-        record = self._record(action, outcome, reason, subject, path, {}, door, address, correlation)
-        event(_log, logging.WARNING, outcome, door=door, action=action, correlation=correlation, resource=path, reason=reason)
-        await self.store.committer.commit(Job((record,), None))
+    async def _note(self, case: _Case, reason: str, subject: Mapping[str, str]) -> None:
+        self._tell("limited", case, reason)
+        await self.store.committer.commit(Job((self._record(case, "denied", reason, subject, {}),), None))
+
+    @staticmethod
+    def _tell(what: str, case: _Case, reason: str) -> None:
+        event(_log, logging.WARNING, what, reason=reason, **{k: v for k, v in case._asdict().items() if v is not None})
 
     def _record(
         self,
-        action: str,
+        case: _Case,
         outcome: str,
         reason: str,
         subject: Mapping[str, str],
-        path: ResourcePath | None,
         policy: Mapping[str, Any],
-        door: str,
-        address: str,
-        correlation: str,
         version: int | None = None,
     ) -> AuditRecord:
         return AuditRecord(
             time=int(self.clock() * 1e6),
-            correlation=correlation,
-            door=door,
-            action=action,
+            correlation=case.correlation,
+            door=case.door,
+            action=case.action,
             outcome=outcome,
             actor="guest",
-            address=address,
+            address=case.address,
             subject=subject,
-            resource="" if path is None else str(path),
+            resource="" if case.path is None else str(case.path),
             resource_version=version,
             policy=policy,
             reason=reason[:_REASON_LIMIT],
