@@ -19,7 +19,6 @@ from csvfast.attest import Appraisal, ChainCache, Verified, Violation, verify
 from csvfast.broker.policy import Decision, appraisal_document
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
 
     from csvfast.broker.grounds import Grounds
     from csvfast.certs import CaCertificate, CertificateStore

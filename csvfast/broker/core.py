@@ -3,7 +3,7 @@
     guest's evidence ──verify──> genuine ──appraise──> attestation ──release──> resource policy, limits,
                                                                                audit record durable, then the secret
 
-Decisions rest on the policies and references of one generation of the store (`grounds`). The audit record of a decision is written
+Decisions rest on the policies and references of one generation of the store (`grounds`). A decision's audit record is written
 only while that generation holds, in the transaction that locks it; when an administrator was quicker, the decision is made again.
 So a key that has been revoked, or a reference value that has been withdrawn, is not released by any broker on the same store from
 the moment on at which the administrator's command has returned.
