@@ -4,8 +4,8 @@
     policy   policies, reference values, dry runs
     audit    read and verify the audit log
 
-Roles are separate on purpose: whoever manages keys cannot decide who gets them. An administrator is known by a token, of which the
-store keeps the hash alone, or by the certificate of his TLS connection. "*" in `scope` is a glob over resource paths.
+Roles are separate on purpose: whoever manages keys cannot decide who gets them. An administrator is known by a token, of which
+the store keeps the hash alone, or by the certificate of his TLS connection. `scope` is a glob over resource paths.
 
 Thread-safety: every method may be called from any thread, and waits for the store: event loops call them through a thread.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -340,7 +339,3 @@ def certificate_fingerprint(der: bytes) -> str:
     """SHA-256 of a certificate's DER, hexadecimal: what Administration's `certificates` are named by."""
     return hashlib.sha256(der).hexdigest()
 
-
-def random_name(prefix: str) -> str:
-    """A name nobody has: the prefix and 16 hexadecimal digits."""
-    return f"{prefix}{secrets.token_hex(8)}"
