@@ -239,7 +239,7 @@ def _value(path: str, kind: str, value: Any, base: Path) -> Any:
         items = _typed(path, value, list, "a list")
         texts = [_typed(f"{path}[{index}]", item, str, "text") for index, item in enumerate(items)]
         return tuple(base / text for text in texts) if "Path" in kind else tuple(texts)
-    choices = re.findall(r'"([^"]+)"', kind)  # Literal["...", ...]
+    choices = re.findall(r"'([^']+)'", kind)  # Literal['...', ...]
     if value not in choices:
         _refuse(path, ascii(value)[:40], f"one of {', '.join(choices)}")
     return value
