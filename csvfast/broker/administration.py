@@ -26,7 +26,7 @@ from csvfast.broker.model import Door, ResourcePath
 from csvfast.broker.policy import Decision, compile_policy
 from csvfast.broker.policy import dry_run as explain
 from csvfast.broker.store import AuditRecord, Job
-from csvfast.crypto import Secret
+from csvfast.crypto import Secret, SM2PublicKey
 from csvfast.errors import BrokerError, DeniedError, FormatError, LengthError, RequestError, UnknownError
 
 if TYPE_CHECKING:
@@ -286,6 +286,10 @@ class Administration:
         """Recomputes the chain from its first record and checks the signed heads."""
         self._require(who, "audit", "verify audit", None)
         return self._store.verify_audit(progress)
+
+    def audit_public_key(self) -> SM2PublicKey:
+        """The key that signs the heads; public, so no role is asked for."""
+        return self._store.audit_public_key
 
     # ---- Behind it
 
