@@ -1,0 +1,3 @@
+"""Clients of the broker's protocols."""
+
+from __future__ import annotations

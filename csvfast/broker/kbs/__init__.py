@@ -1,0 +1,3 @@
+"""CoCo's Key Broker Service over HTTP: attestation, resources, administration."""
+
+from __future__ import annotations
