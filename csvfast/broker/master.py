@@ -206,31 +206,31 @@ class PassphraseMaster(_SoftwareMaster):
         return master
 
 
-def open_master(config: Mapping[str, Any]) -> MasterKey:
-    """The master key of a configuration (see the module).
+def open_master(config: Mapping[str, Any], *, base: Path | str = "") -> MasterKey:
+    """The master key of a configuration (see the module); relative paths of files start at `base`.
 
     Raises: ArgumentError (configuration); StateError (file, record or token's key not fit); AuthenticationError (wrong passphrase
         or PIN); UnavailableError (token out of reach); MissingExtraError.
     """
-    return _make(config, create=False)
+    return _make(config, Path(base), create=False)
 
 
-def create_master(config: Mapping[str, Any]) -> MasterKey:
+def create_master(config: Mapping[str, Any], *, base: Path | str = "") -> MasterKey:
     """Makes the key that a configuration describes: the key file, the passphrase's record, or the key in the token.
 
     What is there already is left alone: StateError. Raises also what `open_master` raises, and OSError.
     """
-    return _make(config, create=True)
+    return _make(config, Path(base), create=True)
 
 
-def _make(config: Mapping[str, Any], *, create: bool) -> MasterKey:
+def _make(config: Mapping[str, Any], base: Path, *, create: bool) -> MasterKey:
     kind = config.get("kind")
     if kind == "file":
-        path = Path(_texts(config, "path")[0])
+        path = base / _texts(config, "path")[0]
         return FileMaster.create(path) if create else FileMaster(path)
     if kind == "passphrase":
-        path = Path(_texts(config, "record", source="passphrase")[0])
-        passphrase = read_secret(config["passphrase"], what="passphrase", least=LEAST_PASSPHRASE)
+        path = base / _texts(config, "record", source="passphrase")[0]
+        passphrase = read_secret(config["passphrase"], what="passphrase", least=LEAST_PASSPHRASE, base=base)
         if create:
             master = PassphraseMaster.create(passphrase)
             _write_new(path, json.dumps(dict(master.record), indent=2).encode() + b"\n")
@@ -242,12 +242,12 @@ def _make(config: Mapping[str, Any], *, create: bool) -> MasterKey:
         from csvfast.broker.master_pkcs11 import Pkcs11Master
 
         module, token, key = _texts(config, "module", "token", "key", source="pin")
-        pin = read_secret(config["pin"], what="PIN", least=LEAST_PIN)
+        pin = read_secret(config["pin"], what="PIN", least=LEAST_PIN, base=base)
         return (Pkcs11Master.create if create else Pkcs11Master)(module, token, pin, key)
     raise ArgumentError(f"master key: kind {_short(kind)}; expected 'file', 'passphrase' or 'pkcs11'")
 
 
-def read_secret(source: Mapping[str, Any], *, what: str, least: int) -> Secret:
+def read_secret(source: Mapping[str, Any], *, what: str, least: int, base: Path | str = "") -> Secret:
     """A passphrase or PIN from where `source` says; one line feed at the end does not belong to it.
 
     In: source   {"file": path}: private, as master key files must be
@@ -257,6 +257,7 @@ def read_secret(source: Mapping[str, Any], *, what: str, least: int) -> Secret:
                  of the three
         what     names it in errors
         least    bytes of the shortest that is allowed; the longest is 1,024
+        base     directory where a relative path starts
     Raises: ArgumentError (source), StateError (cannot be read, not private), LengthError.
     """
     given: object = source  # it comes from a file
@@ -264,7 +265,7 @@ def read_secret(source: Mapping[str, Any], *, what: str, least: int) -> Secret:
         raise ArgumentError(f"{what}: expected a table with one of file, descriptor, environment")
     ((kind, where),) = source.items()
     if kind == "file" and isinstance(where, (str, os.PathLike)) and where:
-        path = Path(where)
+        path = Path(base, where)
         content = read_private_file(path.parent, path.name, _MOST + 2)
     elif kind == "descriptor" and type(where) is int and where >= 0 and where not in (1, 2):
         content = _read_descriptor(where, what)

@@ -141,13 +141,13 @@ class KeyRow(NamedTuple):
 
     id        16 hexadecimal digits, random
     master    identity of the master key that wraps it
-    created   microseconds since the epoch
+    created   seconds since the epoch; microseconds count
     wrapped   the key, wrapped
     """
 
     id: str
     master: str
-    created: int
+    created: float
     wrapped: bytes
 
 
@@ -187,7 +187,7 @@ class KeyRing:
     def create(cls, master: MasterKey) -> KeyRing:
         """A ring of one new key. Raises what `master.wrap` raises."""
         key = Secret.random(KEY_BYTES)
-        row = _wrap(master, key, secrets.token_hex(8), time.time_ns() // 1000)
+        row = _wrap(master, key, secrets.token_hex(8), time.time())
         return cls((row,), {row.id: key})
 
     @classmethod
@@ -221,7 +221,7 @@ class KeyRing:
         ring = self.under(master)
         key = Secret.random(KEY_BYTES)
         # A clock set back must not make an older key the current one.
-        created = max(time.time_ns() // 1000, self.current.created + 1)
+        created = max(time.time(), self.current.created + 0.001)
         row = _wrap(master, key, secrets.token_hex(8), created)
         return KeyRing((*ring.rows, row), {**self._keys, row.id: key})
 
@@ -273,12 +273,12 @@ class KeyRing:
         return f"<KeyRing of {len(self.rows)} keys, current {self.current.id}>"
 
 
-def _wrap(master: MasterKey, key: Secret, name: str, created: int) -> KeyRow:
+def _wrap(master: MasterKey, key: Secret, name: str, created: float) -> KeyRow:
     return KeyRow(name, master.identity, created, master.wrap(key, _kek_data(name, master.identity, created)))
 
 
-def _kek_data(name: str, master: str, created: int) -> bytes:
-    return associate("key-encryption key", name, master, created)
+def _kek_data(name: str, master: str, created: float) -> bytes:
+    return associate("key-encryption key", name, master, round(created * 1_000_000))
 
 
 def _data_key_data(kek: str, path: str, version: int) -> bytes:
