@@ -1,0 +1,26 @@
+"""What the broker keeps: resources, policies, reference values, sessions, tokens, and the audit log. See csvfast.broker.store.store."""
+
+from __future__ import annotations
+
+from csvfast.broker.store.audit import AuditEntry, AuditRecord, AuditVerification
+from csvfast.broker.store.committer import Committer, Job
+from csvfast.broker.store.database import Database
+from csvfast.broker.store.rows import PolicyRow, ReferenceRow, Resource, ResourceRow, SessionRow, Snapshot, TokenRow
+from csvfast.broker.store.store import Store
+
+__all__ = [
+    "AuditEntry",
+    "AuditRecord",
+    "AuditVerification",
+    "Committer",
+    "Database",
+    "Job",
+    "PolicyRow",
+    "ReferenceRow",
+    "Resource",
+    "ResourceRow",
+    "SessionRow",
+    "Snapshot",
+    "Store",
+    "TokenRow",
+]
