@@ -31,6 +31,7 @@ from csvfast.errors import BrokerError, DeniedError, FormatError, LengthError, R
 
 if TYPE_CHECKING:
     from csvfast.broker.limits import Limits
+    from csvfast.broker.master import MasterKey
     from csvfast.broker.store import AuditVerification, PolicyRow, ReferenceRow, Resource, ResourceRow, Store, TokenRow
 
 __all__ = ["CONTENT_LIMIT", "LOCAL", "ROLES", "Administration", "Administrator"]
@@ -153,6 +154,13 @@ class Administration:
         """Paths, versions and states within the administrator's scope, without contents."""
         self._require(who, "keys", "list resources", None)
         return [row for row in self._store.list_resources() if fnmatchcase(str(row.path), who.scope)]
+
+    def rotate_master(self, who: Administrator, master: MasterKey) -> None:
+        """New key-encryption keys under another master key; every data key is wrapped anew, in one transaction."""
+        self._require(who, "keys", "rotate master", None)
+        if who.scope != "*":
+            raise self._refused(who, "rotate master", f"scope {who.scope!r} is not everything")
+        self._store.rotate_master(master, self._record(who, "rotate master", None, reason=master.identity))
 
     # ---- policy
 

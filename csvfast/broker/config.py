@@ -190,7 +190,7 @@ class BrokerConfig:
         return cls(
             base,
             _absolute_url(store["url"], base),
-            _absolute_master(document["master"], base),
+            document["master"],
             _read(TrustConfig, "trust", document.get("trust", {}), base),
             document.get("limits", {}),
             document.get("administration", {}),
@@ -208,19 +208,6 @@ def _absolute_url(url: str, base: Path) -> str:
     if url.startswith(start) and not url.startswith(start + "/"):
         return f"{start}{base / url.removeprefix(start)}"
     return url
-
-
-def _absolute_master(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """Paths of the master key start at the configuration's directory, too."""
-    found = dict(table)
-    for name in ("path", "record"):
-        if isinstance(found.get(name), str):
-            found[name] = str(base / found[name])
-    for name in ("passphrase", "pin"):
-        source = found.get(name)
-        if isinstance(source, dict) and isinstance(source.get("file"), str):
-            found[name] = source | {"file": str(base / source["file"])}
-    return found
 
 
 def _only(table: str, found: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -83,13 +83,13 @@ def init(
     for address in (verdictd, kbs):
         Address.parse(address)
     roots = {f"root-{index}.cert": CaCertificate.parse(path.read_bytes()).encoded for index, path in enumerate(root or [])}
-    table = _master_table(master, directory, secret_file, secret_variable, pkcs11_module, pkcs11_token, pkcs11_key)
+    table = _master_table(master, secret_file, secret_variable, pkcs11_module, pkcs11_token, pkcs11_key)
     text = _configuration(store, table, list(roots) or ["hygon"], verdictd, kbs)
     BrokerConfig.parse(text.encode(), directory.absolute())
     write_private_directory(directory, {"broker.toml": text.encode(), "tls.key": TlsKey.generate("p256").pem(), **roots})
     try:
         config = BrokerConfig.load(directory)
-        opened = Store.open(config.store_url, create_master(config.master), create=True)
+        opened = Store.open(config.store_url, create_master(config.master, base=config.base), create=True)
         try:
             secret = Administration(opened).create_token(LOCAL, "admin", sorted(ROLES))
             write_private_file(directory / "admin.token", memoryview(secret))
@@ -141,19 +141,15 @@ def rotate(
     ] = "master-2",
 ) -> None:
     """Wrap everything under a new master key. Stop the broker first, then put the table that is printed into broker.toml."""
+    from csvfast.broker.administration import LOCAL, Administration
     from csvfast.broker.config import BrokerConfig
     from csvfast.broker.master import create_master
 
     loaded = BrokerConfig.load(config)
-    table = _master_table(
-        master, loaded.base, secret_file, secret_variable, pkcs11_module, pkcs11_token, pkcs11_key, new_name
-    )
-    absolute = BrokerConfig.parse(
-        _configuration(loaded.store_url, table, ["hygon"], "127.0.0.1:1", "127.0.0.1:1").encode(), loaded.base
-    )
+    table = _master_table(master, secret_file, secret_variable, pkcs11_module, pkcs11_token, pkcs11_key, new_name)
     store = open_store(loaded)
     try:
-        store.rotate_master(create_master(absolute.master))
+        Administration(store).rotate_master(LOCAL, create_master(table, base=loaded.base))
     finally:
         store.close()
     print("everything is wrapped by the new master key; in broker.toml from now on:\n")
@@ -162,7 +158,6 @@ def rotate(
 
 def _master_table(
     kind: Master,
-    directory: Path,
     secret_file: Path | None,
     secret_variable: str | None,
     module: str | None,

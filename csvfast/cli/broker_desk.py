@@ -47,7 +47,7 @@ def open_store(config: BrokerConfig) -> Store:
     from csvfast.broker.master import open_master
     from csvfast.broker.store import Store
 
-    return Store.open(config.store_url, open_master(config.master))
+    return Store.open(config.store_url, open_master(config.master, base=config.base))
 
 
 @contextmanager
