@@ -121,10 +121,7 @@ class Administration:
     def rotate_resource(self, who: Administrator, path: ResourcePath) -> int:
         """A new version of random bytes, as many as the newest has. UnknownError. Out: its number."""
         self._require(who, "keys", "rotate resource", path)
-        found = self._store.resource(path)
-        if found is None:
-            raise UnknownError(f"there is no resource {path}")
-        return self._store.put_resource(path, Secret.random(len(found.content)), self._record(who, "rotate resource", path))
+        return self._store.rotate_resource(path, self._record(who, "rotate resource", path))
 
     def create_key(self, who: Administrator, path: ResourcePath) -> int:
         """A new random key of 32 bytes. Out: the version."""
@@ -137,7 +134,7 @@ class Administration:
         if found is None:
             raise UnknownError(f"there is no resource {path}" + ("" if version is None else f" version {version}"))
         record = self._record(who, "read resource", path, resource_version=found.version)
-        self._store.committer.submit(Job((record,), None)).result()
+        self._store.committer.run(Job((record,)))
         return found
 
     def retire_resource(self, who: Administrator, path: ResourcePath, version: int) -> None:
@@ -311,7 +308,7 @@ class Administration:
         record = self._record(who, action, path, outcome="denied", reason=f"{who.name}: {why}")
         event(_log, logging.WARNING, "denied", actor=who.name, action=action, reason=why, correlation=record.correlation)
         try:
-            self._store.committer.submit(Job((record,), None))
+            self._store.committer.submit(Job((record,), expendable=True))
         except BrokerError as error:
             event(_log, logging.ERROR, "denial not on record", correlation=record.correlation, error=str(error))
         return DeniedError(f"{who.name}: {action}: {why}", record.correlation)

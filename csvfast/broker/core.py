@@ -327,7 +327,7 @@ class Broker:
         self.limits.note_failure(address)
         record = self._record(_Case("attest", None, door, address, correlation), "denied", reason, subject or {}, {})
         try:
-            self.store.committer.submit(Job((record,), None))
+            self.store.committer.submit(Job((record,), expendable=True))
         except CsvfastError as error:
             event(_log, logging.ERROR, "refusal not on record", correlation=correlation, error=str(error))
 
