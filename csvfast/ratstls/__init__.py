@@ -7,7 +7,7 @@ from csvfast._extras import need
 need("ratstls", "OpenSSL", "cbor2")
 
 # Evidence side: claims, keys, certificates, and where evidence comes from. E402: their packages were checked for above.
-from csvfast.ratstls.attester import Attester  # noqa: E402
+from csvfast.ratstls.attester import Attester, DeviceAttester, SocketAttester  # noqa: E402
 from csvfast.ratstls.certificate import (  # noqa: E402
     AttestedCertificate,
     attest_certificate,
@@ -32,7 +32,9 @@ __all__ = [
     "AttestedCertificate",
     "Attester",
     "Claims",
+    "DeviceAttester",
     "EvidenceBuffer",
+    "SocketAttester",
     "TlsKey",
     "attest_certificate",
     "check_binding",
