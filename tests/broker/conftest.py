@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from broker.services import close_shared_cluster, postgres, postgres_url
+from broker.services import close_shared_cluster, postgres, postgres_url, skopeo, softhsm_token
 
-__all__ = ["postgres", "postgres_url"]
+__all__ = ["postgres", "postgres_url", "skopeo", "softhsm_token"]
 
 
 def pytest_sessionfinish() -> None:

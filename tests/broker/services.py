@@ -8,8 +8,10 @@ those it names by `from broker.services import ...`.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -20,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 import pytest
@@ -94,8 +96,8 @@ class PostgresCluster:
         if "user" in self._options:
             os.chown(password, self._options["user"], self._options["group"])
         password.chmod(0o600)
-        command = [self.programs / "initdb", "--no-sync", "--locale=C.UTF-8", "--encoding=UTF8", "--auth=scram-sha-256"]
-        command += ["-U", self.user, f"--pwfile={password}", "-D", self.data]
+        command = [str(self.programs / "initdb"), "--no-sync", "--locale=C.UTF-8", "--encoding=UTF8", "--auth=scram-sha-256"]
+        command += ["-U", self.user, f"--pwfile={password}", "-D", str(self.data)]
         ended = subprocess.run(command, cwd="/", capture_output=True, timeout=DEADLINE, check=False, **self._options)
         password.unlink()
         if ended.returncode:
@@ -121,10 +123,16 @@ class PostgresCluster:
         deadline = time.monotonic() + DEADLINE
         while True:
             port = self.port or _free_port()
-            command = [self.programs / "postgres", "-D", self.data, "-p", str(port)]
+            command = [str(self.programs / "postgres"), "-D", str(self.data), "-p", str(port)]
             with self.log.open("ab") as log:
                 self._process = subprocess.Popen(
-                    command, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **self._options
+                    command,
+                    cwd="/",
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    **self._options,
                 )
             while self._process.poll() is None and time.monotonic() < deadline:
                 if self._answers(port):
@@ -186,7 +194,7 @@ class PostgresCluster:
         import psycopg
 
         with psycopg.connect(self._conninfo(database), autocommit=True, connect_timeout=10) as connection:
-            cursor = connection.execute(statement)  # type: ignore[call-overload]
+            cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
     def url(self, database: str) -> str:
@@ -265,3 +273,101 @@ def postgres_url(postgres: PostgresCluster) -> Iterator[str]:
     yield postgres.url(name)
     postgres.start()
     postgres.drop_database(name)
+
+
+# -- SoftHSM2 --------------------------------------------------------------------------------------------------------
+
+
+def softhsm_module() -> Path | None:
+    """SoftHSM2's PKCS#11 library: $CSVFAST_SOFTHSM, or where distributions keep it."""
+    given = os.environ.get("CSVFAST_SOFTHSM")
+    if given:
+        return Path(given)
+    folders = ("/usr/lib/softhsm", "/usr/lib/x86_64-linux-gnu/softhsm", "/usr/lib64/pkcs11", "/usr/lib/pkcs11")
+    return next((path for folder in folders if (path := Path(folder, "libsofthsm2.so")).exists()), None)
+
+
+@functools.cache
+def softhsm_configuration() -> Path:
+    """Directory of this process's tokens, removed when it ends. Programs it starts find it as it does, by SOFTHSM2_CONF."""
+    directory = Path(tempfile.mkdtemp(prefix="csvfast-softhsm-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    (directory / "tokens").mkdir()
+    configuration = directory / "softhsm2.conf"
+    configuration.write_text(f"directories.tokendir = {directory / 'tokens'}\nobjectstore.backend = file\nlog.level = ERROR\n")
+    os.environ["SOFTHSM2_CONF"] = str(configuration)
+    return directory
+
+
+class SoftHsmToken(NamedTuple):
+    """An initialized token: `module` is the library's path, `pin` its user's, `officer_pin` its security officer's."""
+
+    module: str
+    label: str
+    pin: str
+    officer_pin: str
+
+    def util(self, *arguments: str) -> None:
+        """Runs softhsm2-util in a process of its own."""
+        ended = subprocess.run(["softhsm2-util", *arguments], capture_output=True, timeout=DEADLINE, check=False, text=True)
+        if ended.returncode:
+            raise RuntimeError(f"softhsm2-util {arguments[0]}: {ended.stderr}{ended.stdout}")
+
+    def initialize(self, pin: str = "") -> None:
+        """A new, empty token of this label."""
+        pins = ("--pin", pin or self.pin, "--so-pin", self.officer_pin)
+        self.util("--init-token", "--free", "--label", self.label, *pins)
+
+    def delete(self) -> None:
+        """Removes the token and the keys in it, as if it were pulled out."""
+        self.util("--delete-token", "--token", self.label)
+
+
+@pytest.fixture
+def softhsm_token() -> Iterator[SoftHsmToken]:
+    """A new token of its own label in SoftHSM2."""
+    module = softhsm_module()
+    if module is None or shutil.which("softhsm2-util") is None:
+        pytest.skip("SoftHSM2 (libsofthsm2.so, softhsm2-util) is not installed")
+    pytest.importorskip("pkcs11", reason="python-pkcs11 is not installed")
+    softhsm_configuration()
+    token = SoftHsmToken(str(module), f"test {secrets.token_hex(4)}", secrets.token_hex(6), secrets.token_hex(6))
+    token.initialize()
+    yield token
+    with suppress(RuntimeError):
+        token.delete()
+
+
+# -- skopeo ----------------------------------------------------------------------------------------------------------
+
+SKOPEO_VERSION: Final = (1, 18)
+"""The first whose Debian build knows key providers."""
+
+
+@functools.cache
+def skopeo_command() -> tuple[str, ...] | None:
+    """How to start a skopeo with key providers, or None: the one on PATH when it is new enough, else the extracted packages in
+    $CSVFAST_SKOPEO or ~/.cache/csvfast/skopeo, run through the loader that came with them.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    tree = Path(os.environ.get("CSVFAST_SKOPEO") or cache / "csvfast" / "skopeo")
+    loader = next(iter(sorted(tree.glob("usr/lib/*/ld-linux-*.so.*"))), None)
+    commands: list[tuple[str, ...]] = [("skopeo",)] if shutil.which("skopeo") else []
+    if loader is not None:
+        commands.append((str(loader), "--library-path", str(loader.parent), str(tree / "usr" / "bin" / "skopeo")))
+    for command in commands:
+        with suppress(OSError, subprocess.SubprocessError):
+            shown = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=DEADLINE, check=True).stdout
+            found = re.search(r"version (\d+)\.(\d+)", shown)
+            if found and (int(found[1]), int(found[2])) >= SKOPEO_VERSION:
+                return command
+    return None
+
+
+@pytest.fixture(scope="session")
+def skopeo() -> list[str]:
+    """The beginning of skopeo's command line; it has no policy file, so it wants --insecure-policy."""
+    command = skopeo_command()
+    if command is None:
+        pytest.skip("skopeo 1.18 or later is not installed")
+    return list(command)
