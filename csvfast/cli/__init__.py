@@ -1,6 +1,6 @@
 """The `csvfast` command: one command, one room per subject.
 
-    csvfast info | bench | measure ... | memory demo | chip ... | cert ... | report ... | platform ... | guest ...
+    csvfast info | bench | measure ... | memory demo | chip ... | cert ... | report ... | platform ... | guest ... | broker ...
 
 Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
 """
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from csvfast.cli import bench as _bench
+from csvfast.cli import broker as _broker
 from csvfast.cli import cert as _cert
 from csvfast.cli import chip as _chip
 from csvfast.cli import guest as _guest
@@ -66,6 +67,7 @@ app.add_typer(_chip.app, name="chip")
 app.add_typer(_cert.app, name="cert")
 app.add_typer(_report.app, name="report")
 app.add_typer(_platform.app, name="platform")
+app.add_typer(_broker.app, name="broker")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -86,7 +86,7 @@ def init(
     table = _master_table(master, secret_file, secret_variable, pkcs11_module, pkcs11_token, pkcs11_key)
     text = _configuration(store, table, list(roots) or ["hygon"], verdictd, kbs)
     BrokerConfig.parse(text.encode(), directory.absolute())
-    write_private_directory(directory, {"broker.toml": text.encode(), "tls.key": TlsKey.generate("p256").pem(), **roots})
+    write_private_directory(directory, {"broker.toml": text.encode(), "tls.key": TlsKey.generate("p256").dump(), **roots})
     try:
         config = BrokerConfig.load(directory)
         opened = Store.open(config.store_url, create_master(config.master, base=config.base), create=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,12 +72,12 @@ def verify(config: Config, json: Json = False) -> None:
     with desk(config) as administration, progress("verifying", None, unit="records", enabled=not json) as advance:
         found = administration.verify_audit(LOCAL, advance)
     if json:
-        print_json(found.to_dict())
-    elif found.valid:
-        print(f"{found.records} records, {found.heads} signed heads: genuine and complete up to the last head")
+        print_json({"intact": found.intact, **asdict(found)})
+    elif found.intact:
+        print(f"{found.count} records follow one from another, and the head is signed by this broker's key")
     else:
-        print(f"record {found.first_bad}: {found.problem}")
-    if not found.valid:
+        print(found.problem if found.bad is None else f"record {found.bad}: {found.problem}")
+    if not found.intact:
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
 

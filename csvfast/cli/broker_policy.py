@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json as json_module
 from enum import StrEnum
 from pathlib import Path
@@ -102,7 +103,7 @@ def list_policies(config: Config, json: Json = False) -> None:
 
     with desk(config) as administration:
         rows = administration.list_policies(LOCAL)
-    found = [(row.kind, row.id, row.version, row.engine, row.digest) for row in rows]
+    found = [(row.kind, row.id, row.version, row.engine, hashlib.sha256(row.text.encode()).hexdigest()) for row in rows]
     found += [(kind, name, 0, engine, "shipped") for kind, name, engine, _text in default_policies()]
     if json:
         names = ("kind", "id", "version", "engine", "digest")
