@@ -1,4 +1,7 @@
-"""What the broker keeps: resources, policies, reference values, sessions, tokens, and the audit log. See csvfast.broker.store.store."""
+"""What the broker keeps: resources, policies, reference values, sessions, tokens, and the audit log.
+
+`Store` is the way in; csvfast.broker.store.store says how it is used.
+"""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
     hash(0) = SM3("csvfast audit log 1" || identity of the store)
     hash(n) = SM3(hash(n - 1) || record(n))          record(n): canonical JSON, UTF-8
-    head    = SM2 signature by the store's audit key over "csvfast audit head 1" || identity || n || time || hash(n)
+    head    = SM2 signature by the store's audit key of "csvfast audit head 1" || identity || n || time || hash(n)
 
-Canonical JSON: members sorted, no blanks, nothing escaped but what JSON demands. n and time (microseconds since the epoch) are 8 bytes,
-big-endian; the identity is 16 bytes. Signed heads are kept every HEAD_RECORDS records, and after HEAD_SECONDS at the latest, so that
-whoever holds one (or the public key) can show later what has been changed since.
+Canonical JSON: members sorted, no blanks, nothing escaped but what JSON demands. n and time (microseconds since the epoch) are 8
+bytes, big-endian; the identity is 16 bytes. Signed heads are kept every HEAD_RECORDS records, and after HEAD_SECONDS at the latest:
+between two of them nothing can be changed without the audit key, not even by whoever computes all hashes anew.
 
 No record holds key material. Thread-safety: immutable objects, functions without state.
 """
@@ -14,7 +14,7 @@ No record holds key material. Thread-safety: immutable objects, functions withou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -22,7 +22,7 @@ from sqlalchemy import func, select
 
 from csvfast.broker.store import schema
 from csvfast.crypto import SM2PrivateKey, SM2PublicKey, sm3
-from csvfast.errors import RequestError, SignatureError
+from csvfast.errors import RequestError, SignatureError, StateError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -80,6 +80,24 @@ class AuditRecord:
     reason: str = ""
 
 
+    def to_dict(self) -> dict[str, Any]:
+        """All members as JSON values."""
+        return {
+            "action": self.action,
+            "actor": self.actor,
+            "address": self.address,
+            "correlation": self.correlation,
+            "door": self.door,
+            "outcome": self.outcome,
+            "policy": self.policy if type(self.policy) is dict else dict(self.policy),
+            "reason": self.reason,
+            "resource": self.resource,
+            "resource_version": self.resource_version,
+            "subject": self.subject if type(self.subject) is dict else dict(self.subject),
+            "time": self.time,
+        }
+
+
 class AuditEntry(NamedTuple):
     """A record and its number, 1 for the first."""
 
@@ -118,20 +136,7 @@ def canonical(record: AuditRecord) -> bytes:
 
     Text that a peer chose may be anything: what UTF-8 cannot hold is replaced, members of a record too long are cut.
     """
-    members = {
-        "action": record.action,
-        "actor": record.actor,
-        "address": record.address,
-        "correlation": record.correlation,
-        "door": record.door,
-        "outcome": record.outcome,
-        "policy": record.policy if type(record.policy) is dict else dict(record.policy),
-        "reason": record.reason,
-        "resource": record.resource,
-        "resource_version": record.resource_version,
-        "subject": record.subject if type(record.subject) is dict else dict(record.subject),
-        "time": record.time,
-    }
+    members = record.to_dict()
     text = _encode(members)
     if len(text) > _TEXT_LIMIT:
         text = _encode({name: _cut(value) for name, value in members.items()})
@@ -145,11 +150,6 @@ def _cut(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(name)[:64]: _cut(item) for name, item in list(value.items())[:12]}
     return value if value is None or isinstance(value, int) else str(value)[:_MEMBER_LIMIT]
-
-
-def record_of(text: str) -> AuditRecord:
-    """A record from its canonical text. ValueError, TypeError when it is none."""
-    return AuditRecord(**json.loads(text))
 
 
 def first_hash(identity: bytes) -> bytes:
@@ -166,8 +166,10 @@ def sign_head(key: SM2PrivateKey, identity: bytes, sequence: int, time: int, dig
     return key.sign(_head(identity, sequence, time, digest))
 
 
-def verify_head(key: SM2PublicKey, identity: bytes, sequence: int, time: int, digest: bytes, signature: bytes) -> bool:
-    """True when the audit key has signed that head."""
+def verify_head(key: SM2PublicKey, identity: bytes, sequence: Any, time: Any, digest: Any, signature: Any) -> bool:
+    """True when the audit key has signed that head. What comes out of a database may be of any type."""
+    if not (type(sequence) is int and type(time) is int and type(digest) is bytes and type(signature) is bytes):
+        return False
     if not (0 <= sequence < 1 << 63 and 0 <= time < 1 << 63 and len(digest) == 32 and len(signature) == 64):
         return False
     try:
@@ -186,7 +188,7 @@ def iterate_audit(
     """Records after a number, in their order, a page a transaction.
 
     In: filters   member of AuditRecord, of its subject or of its policy -> text that it must equal
-    RequestError: no such member. UnavailableError.
+    RequestError: no such member. StateError: a record that is none. UnavailableError.
     """
     wanted = dict(filters or {})
     for name in wanted:
@@ -211,7 +213,10 @@ def _entries(database: Database, query: Any, wanted: Mapping[str, str], after: i
         page = query.where(schema.audit.c.sequence > after).limit(_PAGE)
         rows = database.read(lambda connection, page=page: connection.execute(page).all())  # type: ignore[misc]
         for sequence, text in rows:
-            record = record_of(text)
+            try:
+                record = AuditRecord(**json.loads(text))
+            except (TypeError, ValueError):
+                raise StateError(f"audit record {sequence} has been changed and cannot be read; verify the log") from None
             if all(_matches(record, name, str(value)) for name, value in wanted.items()):
                 yield AuditEntry(sequence, record)
                 if left is not None:
@@ -238,71 +243,99 @@ def verify_audit(
 ) -> AuditVerification:
     """Recomputes every hash from the first record on and checks every signed head on the way.
 
-    A page of records is in memory at a time. In: progress   is told how many records are done.
+    Records that are written meanwhile may or may not be looked at. A page of records is in memory at a time.
+    In: progress   is told, page by page, how many more records are done
     UnavailableError.
     """
-    chain, heads = schema.chain, schema.audit_heads
-    row = select(chain.c.sequence, chain.c.time, chain.c.hash, chain.c.signature).where(chain.c.id == 1)
-    last = database.read(lambda connection: connection.execute(row).one_or_none())
-    if last is None:
-        return AuditVerification(0, None, "the chain's own row is missing", False)
-    head_good = verify_head(key, identity, *last)
-    digest, done = first_hash(identity), 0
-    while True:
-        page = database.read(lambda connection, after=done: _page(connection, after))  # type: ignore[misc]
-        if not page:
-            break
-        signed = database.read(
-            lambda connection, low=done, high=page[-1][0]: connection.execute(  # type: ignore[misc]
-                select(heads.c.sequence, heads.c.time, heads.c.hash, heads.c.signature)
-                .where(heads.c.sequence > low, heads.c.sequence <= high)
-            ).all()
-        )  # fmt: skip
-        marks = {one[0]: one for one in signed}
-        for sequence, record, stored in page:
-            if sequence != done + 1:
-                return AuditVerification(done, done + 1, f"record {done + 1} is missing; the next is {sequence}", head_good)
-            expected = sm3(digest + record.encode(errors="surrogatepass")).digest()
-            if stored != expected:
-                return AuditVerification(
-                    done, sequence, f"record {sequence} is not what was hashed: its text or hash was changed", head_good
-                )
-            digest, done = expected, sequence
-            mark = marks.get(sequence)
-            if mark is not None:
-                if not verify_head(key, identity, *mark):
-                    problem = f"the signed head at record {sequence} is not signed by the audit key"
-                    return AuditVerification(done, sequence, problem, head_good)
-                if mark[2] != digest:
-                    problem = f"records up to {sequence} follow one another, but are not those whose head was signed"
-                    return AuditVerification(done, sequence, problem, head_good)
-            if sequence == last[0] and last[2] != digest:
-                problem = f"the chain's head at record {sequence} has another hash than the record"
-                return AuditVerification(done, sequence, problem, head_good)
-        if progress is not None:
-            progress(done)
-    if done == 0 and last[0] == 0 and last[2] != digest:
-        return AuditVerification(0, None, "the empty log's hash is wrong", head_good)
-    final, strays = database.read(
-        lambda connection: (
-            connection.execute(row).one_or_none(),
-            connection.scalar(select(func.count()).select_from(heads).where(heads.c.sequence > done)),
-        )
-    )
-    if done < last[0] or final is None:
-        problem = f"the log ends at record {done}, but {last[0]} were written"
-        return AuditVerification(done, done + 1, problem, head_good)
-    if final[0] < done:
-        problem = f"record {final[0] + 1} and later ones were not written by the broker: its head is {final[0]}"
-        return AuditVerification(done, final[0] + 1, problem, head_good)
-    if strays and final[0] == done:
-        return AuditVerification(done, done + 1, "there are signed heads of records that are missing", head_good)
-    if not head_good:
-        return AuditVerification(done, None, "the chain's head is not signed by the audit key", False)
-    return AuditVerification(done, None, "", True)
+    last = database.read(_chain_head)
+    signed = last is not None and verify_head(key, identity, *last)
+    walk = _Walk(key, identity, last if signed else None)
+    try:
+        while page := database.read(lambda connection: _page(connection, walk.sequence)):
+            before = walk.sequence
+            walk.follow(*page)
+            if progress is not None:
+                progress(walk.sequence - before)
+        walk.end(*database.read(lambda connection: (_chain_head(connection), _last_mark(connection))))
+    except _BrokenError as broken:
+        return AuditVerification(walk.sequence, broken.sequence, str(broken), signed)
+    problem = "" if signed else "the head of the log is missing, or not signed by the audit key"
+    return AuditVerification(walk.sequence, None, problem, signed)
 
 
-def _page(connection: Connection, after: int) -> list[Any]:
-    table = schema.audit
+class _BrokenError(Exception):
+    """What is wrong, and the first record that is."""
+
+    def __init__(self, sequence: int | None, problem: str) -> None:
+        super().__init__(problem)
+        self.sequence = sequence
+
+
+class _Walk:
+    """Along the chain: the last record that followed, and its hash.
+
+    In: last   number, time, hash and signature of the log's head when the walk begins; None: not known
+    """
+
+    def __init__(self, key: SM2PublicKey, identity: bytes, last: Any) -> None:
+        self.key, self.identity = key, identity
+        self.sequence, self.digest = 0, first_hash(identity)
+        self.last: int = 0 if last is None else last[0]
+        self.last_hash: bytes = b"" if last is None else last[2]
+
+    def follow(self, records: Sequence[Any], marks: Mapping[int, Any]) -> None:
+        """A page of (sequence, text, hash), and the signed heads among them by number."""
+        for sequence, text, stored in records:
+            if sequence != self.sequence + 1:
+                raise _BrokenError(self.sequence + 1, f"is missing; the next is record {sequence}")
+            try:
+                digest = sm3(self.digest + text.encode()).digest()
+            except (AttributeError, UnicodeEncodeError):  # SQLite takes any type anywhere
+                raise _BrokenError(sequence, "its text is none") from None
+            if stored != digest:
+                raise _BrokenError(sequence, "its text or its hash has been changed, or it stands in another's place")
+            if sequence in marks:
+                self._mark(marks[sequence], digest)
+            if sequence == self.last and self.last_hash != digest:
+                raise _BrokenError(sequence, "is not the record whose hash is the log's signed head")
+            self.sequence, self.digest = sequence, digest
+
+    def _mark(self, mark: Any, digest: bytes) -> None:
+        if not verify_head(self.key, self.identity, *mark):
+            raise _BrokenError(mark[0], "the signed head kept for it is not signed by the audit key")
+        if mark[2] != digest:
+            raise _BrokenError(mark[0], "records up to it follow one another, but the signed head kept for it says others did")
+
+    def end(self, last: Any, mark: int) -> None:
+        """After the last record. In: the log's head as it is now, and the number of the last signed head that was kept."""
+        if self.sequence < self.last:
+            raise _BrokenError(self.sequence + 1, f"is missing, as all that follow; the log had {self.last}")
+        if last is None or not verify_head(self.key, self.identity, *last):
+            return  # said already
+        if last[0] < self.sequence:
+            raise _BrokenError(last[0] + 1, f"was not written by the broker: the log's signed head is record {last[0]}")
+        if last[0] < mark:
+            raise _BrokenError(last[0] + 1, f"is missing, as all that follow; there is a signed head of record {mark}")
+
+
+def _chain_head(connection: Connection) -> Any:
+    chain = schema.chain
+    query = select(chain.c.sequence, chain.c.time, chain.c.hash, chain.c.signature).where(chain.c.id == 1)
+    return connection.execute(query).one_or_none()
+
+
+def _last_mark(connection: Connection) -> int:
+    found = connection.scalar(select(func.max(schema.audit_heads.c.sequence)))
+    return found if type(found) is int else 0
+
+
+def _page(connection: Connection, after: int) -> tuple[list[Any], dict[int, Any]] | None:
+    table, heads = schema.audit, schema.audit_heads
     query = select(table.c.sequence, table.c.record, table.c.hash).where(table.c.sequence > after)
-    return list(connection.execute(query.order_by(table.c.sequence).limit(_PAGE)).all())
+    records = list(connection.execute(query.order_by(table.c.sequence).limit(_PAGE)).all())
+    if not records:
+        return None
+    marks = select(heads.c.sequence, heads.c.time, heads.c.hash, heads.c.signature).where(
+        heads.c.sequence > after, heads.c.sequence <= records[-1][0]
+    )
+    return records, {mark[0]: mark for mark in connection.execute(marks)}

@@ -26,15 +26,9 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
+from csvfast.broker.logs import event
 from csvfast.broker.store import schema
-from csvfast.broker.store.audit import (
-    HEAD_RECORDS,
-    HEAD_SECONDS,
-    AuditRecord,
-    canonical,
-    sign_head,
-    verify_head,
-)
+from csvfast.broker.store.audit import HEAD_RECORDS, HEAD_SECONDS, AuditRecord, canonical, sign_head, verify_head
 from csvfast.broker.store.database import Database, describe
 from csvfast.crypto import SM2PrivateKey, sm3
 from csvfast.errors import ConflictError, CsvfastError, LimitedError, StaleGenerationError, UnavailableError
@@ -101,7 +95,7 @@ class Committer:
     """
 
     def __init__(
-        self, database: Database, identity: bytes, key: SM2PrivateKey, observe: Callable[[int], None], *, start: bool = True
+        self, database: Database, identity: bytes, key: SM2PrivateKey, observe: Callable[[int], None]
     ) -> None:
         self._database = database
         self._identity = identity
@@ -116,12 +110,15 @@ class Committer:
         self._connection: Connection | None = None
         self._log_identity: tuple[int, int] | None = None
         # The head as this thread has seen it last; a database that knows less has lost records.
+        self._generation = -1
         self._sequence = -1
         self._digest = b""
         self._unheaded = False
         self._thread = threading.Thread(target=self._work, name="csvfast-committer", daemon=True)
-        if start:
-            self._thread.start()
+
+    def start(self) -> None:
+        """Begins to write. Once."""
+        self._thread.start()
 
     # ---- For everybody
 
@@ -208,15 +205,15 @@ class Committer:
             if not callable(waiter.job.records):
                 try:
                     waiter.texts = [canonical(record) for record in waiter.job.records]
-                except Exception as error:  # noqa: BLE001  # whatever a record holds, the thread lives on
+                except Exception as error:  # whatever a record holds, the thread lives on
                     waiter.error = error
         try:
             self._write(batch)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             # Nothing was kept, and nobody may believe otherwise, whatever has happened.
             self._drop()
             text = str(error) if isinstance(error, UnavailableError) else f"{self._database.name}: {describe(error)}"
-            _log.error("nothing written: %s", text)  # noqa: TRY400  # a traceback would tell no more
+            event(_log, logging.ERROR, "nothing written", jobs=len(batch), error=text)
             for waiter in batch:
                 # What a job did before may have come from what is now rolled back.
                 waiter.error = UnavailableError(text)
@@ -267,7 +264,7 @@ class Committer:
             due = sequence > head.headed_sequence
             if rows or changed or (due and not batch):
                 due = self._finish(connection, head, generation, sequence, digest, rows)
-        self._sequence, self._digest, self._unheaded = sequence, digest, due
+        self._generation, self._sequence, self._digest, self._unheaded = generation, sequence, digest, due
         self._observe(generation)
 
     def _finish(
@@ -292,7 +289,7 @@ class Committer:
             connection.execute(insert(schema.audit_heads), mark)
             due = 0
         connection.execute(_ADVANCE, values)
-        return due > 0
+        return bool(due > 0)
 
     def _inserts(self, rows: list[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
         mark = self._database.placeholder
@@ -310,6 +307,10 @@ class Committer:
             raise
         if head is None:
             raise UnavailableError(f"{self._database.name}: the chain's row is missing")
+        if head.generation < self._generation:
+            raise UnavailableError(
+                f"{self._database.name}: is at generation {head.generation}; {self._generation} had been written"
+            )
         if head.sequence != self._sequence:
             if head.sequence < self._sequence:
                 raise UnavailableError(
@@ -343,7 +344,7 @@ class Committer:
             try:
                 connection.invalidate()
                 connection.close()
-            except Exception as error:  # noqa: BLE001  # it is given up anyway
+            except Exception as error:  # it is given up anyway
                 _log.debug("closing a broken connection: %s", describe(error))
 
 
@@ -358,7 +359,7 @@ _ADVANCE: Final = update(_CHAIN).where(_CHAIN.c.id == 1)
 
 
 def _applied(connection: Connection, waiter: _Waiter) -> bool:
-    """Runs a job's changes. False, with the error in its place, when they fail without harm to others."""
+    """Runs a job's part. False, with the error in its place, when they fail without harm to others."""
     job = waiter.job
     connection.exec_driver_sql("SAVEPOINT job")
     try:

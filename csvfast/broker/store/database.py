@@ -1,8 +1,9 @@
 """Connections to the broker's database: SQLite in a file of its own, or PostgreSQL.
 
-SQLite: write-ahead log, synchronous=FULL (a commit that has returned is on the disk), secure_delete (freed bytes are overwritten).
-One connection writes, with BEGIN IMMEDIATE; others read, query_only, each transaction a snapshot that waits for no writer. The file
-must be the user's own and closed to others. When file or log have been removed or replaced underneath, everything is refused.
+SQLite: write-ahead log, synchronous=FULL (a commit that has returned is on the disk), secure_delete (freed bytes are
+overwritten). One connection writes, with BEGIN IMMEDIATE; others read, query_only, each transaction a snapshot that waits for no
+writer. The file must be the user's own and closed to others. When file or log have been removed or replaced underneath,
+everything is refused.
 
 PostgreSQL: through psycopg; synchronous_commit at least "on", lock, statement and idle timeouts, keep-alives. Readers see one
 snapshot a transaction (REPEATABLE READ, read only), the writer locks the row it changes (READ COMMITTED, SELECT FOR UPDATE).
@@ -42,14 +43,14 @@ _ERASE_SECONDS: Final = 15.0
 _READERS: Final = 8
 _CREATING: Final = 0x63737666  # key of PostgreSQL's advisory lock while tables are made: "csvf"
 
-_PROGRESS_LIMIT: Final = 200  # characters of a driver's message that are passed on
+_MESSAGE_LIMIT: Final = 200  # characters of a driver's message that are passed on
 
 
 def describe(error: BaseException) -> str:
     """What a driver said, in one line: neither the statement nor its parameters."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     lines = str(cause).strip().splitlines() if isinstance(error, (DBAPIError, OSError, sqlite3.Error)) else []
-    return f"{type(cause).__name__}: {lines[0][:_PROGRESS_LIMIT]}" if lines else type(cause).__name__
+    return f"{type(cause).__name__}: {lines[0][:_MESSAGE_LIMIT]}" if lines else type(cause).__name__
 
 
 class Database:

@@ -1,8 +1,8 @@
 """Policies, reference values and tokens together, and the seal that shows that csvfast wrote them.
 
-Whoever can write to the database, but has not the master key, must not be able to allow himself a key: so every change ends with an
-HMAC-SM3, under a key that is stored sealed, over all of them and the number of changes; every snapshot is checked against it. What
-remains is to bring back an earlier state of the whole database, which no seal inside it can show.
+Whoever can write to the database, but has not the master key, must not be able to allow himself a key: so every change ends with
+an HMAC-SM3, under a key that is stored sealed, over all of them and the number of changes; every snapshot is checked against it.
+What remains is to bring back an earlier state of the whole database, which no seal inside it can show.
 
 Thread-safety: functions without state.
 """
@@ -84,7 +84,9 @@ def check_rules(connection: Connection, key: Secret) -> tuple[int, tuple[list[An
             raise AuthenticationError("the chain's row is missing")
         _seal(key, head.rules_version, rows).verify(head.rules_seal)
     except AuthenticationError:
-        raise UnavailableError("policies, reference values or tokens have been changed by somebody else: nothing is decided") from None
+        raise UnavailableError(
+            "policies, reference values or tokens in the database were changed by somebody else: nothing is decided on them"
+        ) from None
     return head.generation, rows
 
 

@@ -12,7 +12,7 @@
     sessions           challenges of the KBS protocol and what came of them
     tokens             administrators' tokens: digests, roles, scopes
 
-Times are seconds since the epoch (float) but for `audit`, `chain` and `wrapping_keys`, where they are microseconds (integer).
+Times are seconds since the epoch (float) but for `audit` and `chain`, where they are microseconds (integer).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ wrapping_keys: Final = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("master", Text, nullable=False),
-    Column("created", BigInteger, nullable=False),
+    Column("created", Double, nullable=False),
     Column("wrapped", LargeBinary, nullable=False),
 )
 

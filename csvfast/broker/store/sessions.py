@@ -1,7 +1,7 @@
 """Sessions of the KBS protocol: a challenge, and once the attestation that met it. Shared by all brokers on one database.
 
-Thread-safety: all methods. `create`, `attest` and `purge_expired` wait until it is durable; event loops take the job and commit it:
-`await store.committer.commit(store.sessions.create_job(...))`.
+Thread-safety: all methods. `create`, `attest` and `purge_expired` wait until it is durable; event loops take the job and commit
+it themselves: `await store.committer.commit(store.sessions.create_job(...))`.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Store:
         self._database = database
         self._vault = vault
         self._rules_key = rules_key
-        self._lock = threading.Lock()
+        self._generation_lock = threading.Lock()
         self._snapshot: Snapshot | None = None
         self.generation = -1
         self.identity: Final = identity
@@ -87,6 +87,7 @@ class Store:
         self.references: Final = References(database, self.committer, rules_key, clock)
         self.tokens: Final = Tokens(self.committer, rules_key, self._fresh_snapshot, clock)
         self.sessions: Final = Sessions(database, self.committer, clock)
+        self.committer.start()
 
     @classmethod
     def open(
@@ -139,11 +140,9 @@ class Store:
 
     def _observe(self, generation: int) -> None:
         if generation > self.generation:
-            with self._lock:
+            with self._generation_lock:
                 self.generation = max(generation, self.generation)
-            resources: Resources | None = getattr(self, "resources", None)  # the committer may be first
-            if resources is not None:
-                resources.forget()
+            self.resources.forget()
 
     def look(self) -> int:
         """Asks the database for its generation. UnavailableError."""

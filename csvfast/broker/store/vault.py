@@ -126,8 +126,8 @@ class Vault:
         change = update(table).where(*(column == bindparam(f"old_{column.name}") for column in keys))
         changes = []
         for row in connection.execute(query).all():
-            place = (row[0], row[1]) if version is not None else (f"internal:{row[0]}", 1)
-            sealed = ring.rewrap(*place, SealedVersion(row.kek, row.wrapped_key, b""))
+            name, number = (f"internal:{row[0]}", 1) if version is None else (row[0], row[1])
+            sealed = ring.rewrap(name, number, SealedVersion(row.kek, row.wrapped_key, b""))
             names = {f"old_{column.name}": value for column, value in zip(keys, row, strict=False)}
             changes.append({**names, "kek": sealed.kek, "wrapped_key": sealed.wrapped_key})
         if changes:
