@@ -6,8 +6,9 @@ where a command first needs them.
 Exit codes
     0   done, and every check passed
     1   a check failed: a digest other than --expect, a hash area that does not verify, evidence or certificates that are not
-        genuine or not allowed, a command the firmware refuses
-    2   usage: an unknown option, bad hex, a value outside its documented set, content that is not what is expected there;
+        genuine or not allowed, a command the firmware refuses, a broker that denies
+    2   usage: an unknown option, bad hex, a value outside its documented set, content that is not what is expected there, a name
+        the broker does not know or knows already;
         for cert and report also an input file that is missing or cannot be read
     3   environment: an unreadable, vanished or changed file, a missing extra, no such kernel on this CPU, no memory, a state
         directory in use, no server behind a socket
@@ -71,9 +72,16 @@ def exit_code_of(error: BaseException) -> ExitCode:
     declared = getattr(error, "exit_code", None)
     if isinstance(declared, int) and declared in tuple(ExitCode):
         return ExitCode(declared)
+    from csvfast import errors
+
+    if isinstance(error, errors.DeniedError):
+        return ExitCode.CHECK_FAILED
+    if isinstance(error, errors.AttestedTlsError):
+        return ExitCode.CHECK_FAILED if error.stage in ("certificate", "binding", "verify", "appraise") else ExitCode.ENVIRONMENT
+    if isinstance(error, (errors.UnknownError, errors.ConflictError)):
+        return ExitCode.USAGE
     if isinstance(error, (OSError, ImportError, MemoryError, EOFError)):
         return ExitCode.ENVIRONMENT
-    from csvfast import errors
 
     if isinstance(error, getattr(errors, "AuthenticationError", ())):
         return ExitCode.CHECK_FAILED
