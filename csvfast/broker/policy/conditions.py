@@ -147,13 +147,13 @@ def _is_listed(found: Any, reference: Reference) -> bool:
 
 def _at_least(found: Any, reference: Reference) -> bool:
     # A minimum of several values is the highest of them; one that is no integer spoils the reference.
-    values = reference.values
-    return type(found) is int and bool(values) and all(type(one) is int and found >= one for one in values)
+    items = reference.items
+    return type(found) is int and bool(items) and all(type(one) is int and found >= one for one in items)
 
 
 def _at_least_version(found: Any, reference: Reference) -> bool:
     key = version_key(found)
-    lowest = [version_key(one) for one in reference.values]
+    lowest = [version_key(one) for one in reference.items]
     return key is not None and bool(lowest) and all(one is not None and key >= one for one in lowest)
 
 
@@ -226,10 +226,12 @@ def _of_reference(
         expected = f"{words} reference {name}"
         if reference is None:
             expected += ", which is not registered"
+        elif not reference.items:
+            expected += ", which has been withdrawn"
         elif reference.has_expired(now):
             expected += f", which expired {_date(reference.expires)}"
         else:
-            expected += f": {_listed(reference.values)}"
+            expected += f": {_listed(reference.items)}"
         return shown(read(document)), expected
 
     return Condition(claim, check, explain)

@@ -1,8 +1,9 @@
 """Reference values: what administrators say measurements, chips and versions should be, and until when that holds.
 
-A reference is a name and a list of JSON values, any of which is right, or one single value, for policies in Rego that compare
-with it. It expires, a year after it was registered unless told otherwise; from then on it is worth nothing, but it is not
-forgotten: a rule that must hold "when registered" fails on an expired reference.
+A reference is a name and a list of JSON values, any of which is right. The list [{"single": value}] is one value that was
+registered by itself: the same for rules, but policies in Rego see the value and not a list. A reference expires, a year after it
+was registered unless told otherwise; from then on it is worth nothing, but it is not forgotten: a rule that must hold "when
+registered" fails on an expired reference.
 
 The message that registers references is that of CoCo's reference value provider service (RVPS):
 
@@ -47,12 +48,13 @@ VALUES_LIMIT: Final = 10_000
 
 _VERSION: Final = "0.1.0"
 _STRUCTURE: Final = "reference value message"
+_SINGLE: Final = "single"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z", re.ASCII)
 _MEMBERS: Final = ("version", "type", "payload")
 
 
 class ReferenceLike(Protocol):
-    """What References takes: rows of a store, or Reference objects. A member `single` is looked at when there is one."""
+    """What References takes: rows of a store, or Reference objects."""
 
     @property
     def values(self) -> Sequence[Any]: ...  # noqa: D102
@@ -64,32 +66,37 @@ class ReferenceLike(Protocol):
 class Reference:
     """The values of one name.
 
-    values    JSON values, in the order in which they were registered
+    values    JSON values as they are stored, in the order in which they were registered
     expires   seconds since the epoch from which on they are worth nothing; None: never
-    single    True when a value was registered by itself, not in a list: Rego then sees it by itself
-    texts     those of the values that are text, for look-ups
-    others    the rest
+    single    True for one value that was registered by itself
+    items     the values that are right: `values`, without the wrapping of a single one
     """
 
-    __slots__ = ("expires", "others", "single", "texts", "values")
+    __slots__ = ("_others", "_texts", "expires", "items", "single", "values")
     values: Final[tuple[Any, ...]]
     expires: Final[float | None]
     single: Final[bool]
-    texts: Final[frozenset[str]]
-    others: Final[tuple[Any, ...]]
+    items: Final[tuple[Any, ...]]
 
-    def __init__(self, values: Sequence[Any], expires: float | None = None, *, single: bool = False) -> None:
+    def __init__(self, values: Sequence[Any], expires: float | None = None) -> None:
         self.values = tuple(values)
         self.expires = None if expires is None else float(expires)
-        self.single = bool(single) and len(self.values) == 1
-        self.texts = frozenset(value for value in self.values if type(value) is str)
-        self.others = tuple(value for value in self.values if type(value) is not str)
+        first = self.values[0] if len(self.values) == 1 else None
+        self.single = isinstance(first, Mapping) and first.keys() == {_SINGLE}
+        self.items = (first[_SINGLE],) if isinstance(first, Mapping) and self.single else self.values
+        self._texts: Final = frozenset(value for value in self.items if type(value) is str)
+        self._others: Final = tuple(value for value in self.items if type(value) is not str)
+
+    @classmethod
+    def of(cls, value: Any, expires: float | None = None) -> Reference:
+        """For what a message or an administrator gives: a list of values, or a value by itself."""
+        return cls(value if isinstance(value, list) else ({_SINGLE: value},), expires)
 
     def has(self, value: Any) -> bool:
         """Whether the value is among these: of the same type and equal, so that true is not 1."""
         if type(value) is str:
-            return value in self.texts
-        return any(type(one) is type(value) and one == value for one in self.others)
+            return value in self._texts
+        return any(type(one) is type(value) and one == value for one in self._others)
 
     def has_expired(self, now: float) -> bool:
         """Whether it is worth nothing at `now`, seconds since the epoch."""
@@ -97,17 +104,17 @@ class Reference:
 
     def for_rego(self) -> Any:
         """What query_reference_value answers."""
-        return self.values[0] if self.single else list(self.values)
+        return self.items[0] if self.single else list(self.items)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Reference):
             return NotImplemented
-        return (self.values, self.expires, self.single) == (other.values, other.expires, other.single)
+        return (self.values, self.expires) == (other.values, other.expires)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Reference({list(self.values)!r}, {self.expires!r}, single={self.single})"
+        return f"Reference({list(self.values)!r}, {self.expires!r})"
 
 
 class References(Mapping[str, Reference]):
@@ -119,9 +126,7 @@ class References(Mapping[str, Reference]):
 
     def __init__(self, references: Mapping[str, ReferenceLike] | None = None) -> None:
         self._references: Final = {
-            name: one
-            if isinstance(one, Reference)
-            else Reference(one.values, one.expires, single=getattr(one, "single", False))
+            name: one if isinstance(one, Reference) else Reference(one.values, one.expires)
             for name, one in (references or {}).items()
         }
         self.find = self._references.get
@@ -200,13 +205,11 @@ def a_year_after(now: float) -> float:
 def _reference(name: str, value: Any, expires: float) -> Reference:
     if not _NAME.match(name):
         _refuse("payload", "a name of other characters", "names of up to 128 letters, digits, '.', '_', '-'")
-    if not isinstance(value, list):
-        if value is None:
-            _refuse(name, "null", "a value or a list of values")
-        return Reference((value,), expires, single=True)
-    if not 1 <= len(value) <= VALUES_LIMIT:
+    if value is None:
+        _refuse(name, "null", "a value or a list of values")
+    if isinstance(value, list) and not 1 <= len(value) <= VALUES_LIMIT:
         _refuse(name, f"{len(value)} values", f"1 to {VALUES_LIMIT}")
-    return Reference(value, expires)
+    return Reference.of(value, expires)
 
 
 def _shown(value: object) -> str:

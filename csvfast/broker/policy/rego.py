@@ -8,6 +8,10 @@ that vector decides.
 
 Everything else is a refusal: an undefined rule, an error, several answers, a limit of the worker that was reached.
 
+The interpreter compares texts by their spelling in JSON, so that "\\u0041" is not "A" to it; a module that spells characters
+that way is refused. For the same reason `count`, `startswith` and patterns see a quotation mark, a backslash or a control
+character inside a text as its escape, of two characters or more.
+
 Source: confidential-containers/trustee attestation-service/src/ear_token/ear_default_policy_cpu.rego and broker.rs,
 kbs/sample_policies; inclavare-containers/verdictd src/policy_engine/opa. Interpreter: microsoft/rego-cpp by its binding regopy.
 Thread-safety: immutable objects; evaluations take turns.
@@ -34,6 +38,7 @@ _HELPER: Final = """package policy
 query_reference_value(id) := data.reference[id]
 """
 _PACKAGE: Final = re.compile(r"(?:[ \t\r]*(?:#[^\n]*)?\n)*[ \t]*package[ \t]+policy[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)")
+_SPELT_OTHERWISE: Final = re.compile(r"\\[u/]")
 _QUERIES: Final = {"appraisal": "data.policy.trust_claims", "resource": "data.policy.allow"}
 _ANY_ANSWER: Final = "count(data.policy) >= 0"  # makes the interpreter compile every rule, and print none
 _ONE_ANSWER: Final = "one answer"
@@ -129,7 +134,7 @@ def evaluate_verdictd(
     query = _QUERIES["resource"]
     worker = worker or shared_worker()
     try:
-        _check_package(checked_text("resource", policy_text))
+        _check_spelling(checked_text("resource", policy_text))
         data = _object(data_json, "data")
         if "policy" in data:
             # The interpreter would take rules of the policy from there.
@@ -143,14 +148,17 @@ def evaluate_verdictd(
     return Decision(True, query, checked=(query,))
 
 
-def _check_package(text: str) -> None:
+def _check_spelling(text: str) -> None:
     if not _PACKAGE.match(text):
         raise FormatError("policy", "package", None, "another beginning", "package policy, before anything but comments")
+    if (found := _SPELT_OTHERWISE.search(text)) is not None:
+        line = text.count("\n", 0, found.start()) + 1
+        raise FormatError("policy", "text", None, f"{found[0]} in line {line}", "the character itself: texts compare by spelling")
 
 
 def _check_module(worker: RegoWorker, text: str, helper: str | None) -> None:
     """Compiles it, by asking for the whole package with nothing to go on."""
-    _check_package(text)
+    _check_spelling(text)
     try:
         worker.ask(text, helper, _json({"reference": {}}), _json({}), _ANY_ANSWER)
     except WorkerError as error:
@@ -192,7 +200,8 @@ def _object(text: str, what: str) -> dict[str, Any]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, default=_plain, allow_nan=False)
+    # Characters as themselves, as policies have them.
+    return json.dumps(value, default=_plain, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

@@ -93,15 +93,15 @@ def _answer(known: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         # As a term: set_input takes text as it is, add_data takes it escaped, and then equal texts are not equal.
         interpreter.set_input_term(request["input"])
         output = interpreter.query(request["query"])
-        text = str(output)
-        if not output.ok():
-            return {"error": _message(text)}
+        if output.ok():
+            return {"output": str(output)}
+        reason = str(output)
     except RegoError as error:
-        known.clear()
-        return {"error": _message(str(error))}
+        reason = str(error)
     except json.JSONDecodeError as error:  # regopy reads every output as JSON; errors of the policy are none
-        return {"error": _message(error.doc)}
-    return {"output": text}
+        reason = error.doc
+    known.clear()  # whatever state an error left behind
+    return {"error": _message(reason)}
 
 
 def _message(text: str) -> str:
