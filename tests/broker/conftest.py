@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from broker.services import close_shared_cluster, postgres, postgres_url, skopeo, softhsm_token
+from broker.stores import master_file, sqlite_url, store, store_url
 
-__all__ = ["postgres", "postgres_url", "skopeo", "softhsm_token"]
+__all__ = ["master_file", "postgres", "postgres_url", "skopeo", "softhsm_token", "sqlite_url", "store", "store_url"]
 
 
 def pytest_sessionfinish() -> None:

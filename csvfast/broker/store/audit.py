@@ -5,7 +5,7 @@
     head    = SM2 signature by the store's audit key of "csvfast audit head 1" || identity || n || time || hash(n)
 
 Canonical JSON: members sorted, no blanks, nothing escaped but what JSON demands. n and time (microseconds since the epoch) are 8
-bytes, big-endian; the identity is 16 bytes. Signed heads are kept every HEAD_RECORDS records, and after HEAD_SECONDS at the latest:
+bytes, big-endian; the identity is 16 bytes. Signed heads are kept every HEAD_RECORDS records, and HEAD_SECONDS at the latest:
 between two of them nothing can be changed without the audit key, not even by whoever computes all hashes anew.
 
 No record holds key material. Thread-safety: immutable objects, functions without state.

@@ -73,6 +73,8 @@ class Vault:
 
     def unseal(self, connection: Connection, path: str, version: int, sealed: SealedVersion) -> Secret:
         """A content. UnavailableError: the row has been altered, or is another's."""
+        if not (type(sealed.kek) is str and type(sealed.wrapped_key) is bytes and type(sealed.content) is bytes):
+            raise UnavailableError(f"{path} version {version}: the row has been altered: it holds no sealed content")
         ring = self._ring if sealed.kek in self._ids else self.current(connection)
         try:
             return ring.unseal(path, version, sealed)
