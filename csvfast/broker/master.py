@@ -365,7 +365,8 @@ def _texts(config: Mapping[str, Any], *names: str, source: str | None = None) ->
 
 
 def _short(value: object) -> str:
-    """A value in an error's text: hostile ones may be huge."""
-    if type(value) is int and value.bit_length() > 64:
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)[:160]
+    """A value in an error's text: hostile ones may be huge, integers even too long for Python to write."""
+    try:
+        return repr(value)[:160]
+    except ValueError:
+        return f"{type(value).__name__} too long to show"
