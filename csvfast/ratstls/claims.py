@@ -20,7 +20,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import cbor2
 
@@ -185,13 +185,22 @@ def report_data_of(claims: BytesLike) -> bytes:
     return hashlib.sha256(as_bytes(claims, "claims")).digest() + _ZERO
 
 
+def _refuse_tag(*_: object) -> NoReturn:
+    raise ValueError("a tag")
+
+
+# cbor2 makes fractions, dates, patterns and mails of these, which can cost a stranger's certificate a tenth of a second.
+_EXPENSIVE_TAGS: Final = dict.fromkeys((*range(38), 100, 256, 258, 260, 261, 1004, 43000, 55799), _refuse_tag)
+_DEPTH: Final = 8  # the structures here need 2
+
+
 def _read(raw: bytes, structure: str) -> object:
     if len(raw) > BUFFER_LIMIT:
         raise FormatError(structure, "length", None, f"{len(raw)} bytes", f"at most {BUFFER_LIMIT}")
     try:
-        value: object = cbor2.loads(raw)
-    except Exception:  # cbor2's own, and whatever the types it knows (dates, addresses, regular expressions) object to
-        raise FormatError(structure, "encoding", None, "bytes that are no CBOR", "one CBOR item (RFC 8949)") from None
+        value: object = cbor2.loads(raw, semantic_decoders=_EXPENSIVE_TAGS, max_depth=_DEPTH)
+    except Exception:  # its own class, and what Python objects to in between
+        raise FormatError(structure, "encoding", None, "bytes that are none of it", "CBOR (RFC 8949), few levels deep") from None
     return value
 
 
