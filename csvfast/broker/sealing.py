@@ -202,6 +202,7 @@ class KeyRing:
             raise StateError("the store has no key-encryption key; expected at least one")
         keys: dict[str, Secret] = {}
         for row in rows:
+            _check_row(row)
             name = f"key-encryption key {row.id[:64]}"
             if row.id in keys:
                 raise AuthenticationError(f"{name} is there twice")
@@ -271,6 +272,13 @@ class KeyRing:
 
     def __repr__(self) -> str:
         return f"<KeyRing of {len(self.rows)} keys, current {self.current.id}>"
+
+
+def _check_row(row: KeyRow) -> None:
+    """A database may give any type for any column."""
+    texts = type(row.id) is str and type(row.master) is str and type(row.wrapped) is bytes
+    if not (texts and type(row.created) in (int, float) and 0 <= row.created < 1 << 40):
+        raise AuthenticationError("a key-encryption key's row has been altered: expected text, text, seconds, bytes")
 
 
 def _wrap(master: MasterKey, key: Secret, name: str, created: float) -> KeyRow:

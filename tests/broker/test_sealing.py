@@ -288,6 +288,17 @@ def test_hostile_rows_give_short_errors() -> None:
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("id", None), ("id", b"x"), ("master", 1), ("master", None), ("wrapped", "text"), ("wrapped", None), ("wrapped", 1.5)]
+    + [("created", value) for value in (None, "1", b"1", float("nan"), float("inf"), -1.0, 1e300, 1 << 100, True)],
+)
+def test_rows_of_other_types_are_found(field: str, value: object) -> None:
+    own = master()
+    with pytest.raises(AuthenticationError):
+        KeyRing.open([KeyRing.create(own).current._replace(**{field: value})], own)
+
+
 def test_rotation_of_the_master_key_only() -> None:
     old, new = master("test:old"), master("test:new")
     ring = KeyRing.create(old).with_new_key(old)
