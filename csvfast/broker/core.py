@@ -283,7 +283,9 @@ class Broker:
     async def _require_allowed(self, case: _Case, attestation: Attestation) -> None:
         if not attestation.allowed:
             reason = _explained("appraisal", attestation.decision)
-            await self._deny(case, reason, attestation.subject(), attestation.policy, attestation.generation)
+            # A guest known by another issuer's token alone was judged under no generation of ours.
+            generation = attestation.generation if attestation.document else None
+            await self._deny(case, reason, attestation.subject(), attestation.policy, generation)
 
     async def _still(self, attestation: Attestation, grounds: Grounds) -> Attestation:
         """The attestation as the grounds of now see it."""

@@ -364,7 +364,7 @@ def _options() -> list[tuple[str, Any]]:
         # No more than half of the descriptors: the other doors need some, too.
         ("grpc.max_allowed_incoming_connections", max(64, min(_CONNECTIONS, files // 2))),
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
-        ("grpc.max_connection_idle_ms", 300_000),
+        ("grpc.max_connection_idle_ms", 60_000),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),

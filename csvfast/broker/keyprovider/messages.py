@@ -158,7 +158,10 @@ def read_unwrap_reply(data: bytes) -> Secret:
     """The private options. RequestError."""
     what = "UnWrapKey reply"
     results = member(_object(data, what), "keyunwrapresults", dict, what)
-    return Secret(_bytes(results.get("optsdata"), f"{what}: optsdata", OPTIONS_LIMIT))
+    options = _bytes(results.get("optsdata"), f"{what}: optsdata", 2 * OPTIONS_LIMIT)  # a JWE of them is longer
+    if not options:
+        raise RequestError(f"{what}: optsdata is empty; expected private options")
+    return Secret(options)
 
 
 # ---- Parameters
