@@ -76,12 +76,11 @@ class KbsError(Exception):
         return json.dumps({"type": ERROR_BASE + self.variant, "detail": self.detail}, separators=(",", ":")).encode()
 
     @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Headers of the answer."""
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))]
-        if self.retry_after is not None:
-            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after))))
-        return headers
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """Headers of the answer beside those of its body."""
+        if self.retry_after is None:
+            return ()
+        return ((b"retry-after", b"%d" % max(1, math.ceil(min(self.retry_after, 86400)))),)
 
 
 def answer_to(error: CsvfastError | KbsError, variant: Variant, correlation: str) -> KbsError:

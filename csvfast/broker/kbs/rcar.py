@@ -20,7 +20,7 @@ import hmac
 import json
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from csvfast.broker.attestation import Attestation
@@ -129,9 +129,12 @@ class Rcar:
 
     # ---- attest
 
-    async def attest(self, session_id: str | None, body: bytes, address: str, correlation: str) -> Session:
+    async def attest(
+        self, session_id: str | None, read: Callable[[], Awaitable[bytes]], address: str, correlation: str
+    ) -> Session:
         """Attests a session, once; afterwards gives what came of it.
 
+        In: read   gives the request's body; called for an open session alone
         RequestError, DeniedError, LimitedError, UnavailableError.
         """
         name = self._name(session_id, correlation)
@@ -140,7 +143,7 @@ class Rcar:
             raise DeniedError("no such session, or it has expired", correlation)
         if row.record is not None:
             return self._remember(name, self._read(name, row.record, row.expires))
-        key, evidence, additional, init_data = self._parse(body, row.nonce)
+        key, evidence, additional, init_data = self._parse(await read(), row.nonce)
         runtime = {TEE_KEY: key.document, "nonce": row.nonce, "additional-evidence": additional}
         try:
             parsed = read_json(evidence)

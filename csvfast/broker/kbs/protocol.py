@@ -1,0 +1,324 @@
+"""HTTP/1.1 on one connection, with an end to everybody's patience: uvicorn's protocol, deadlines and limits of our own.
+
+    silent    connected, or between two bytes of a request's head: `head_seconds` until the head is complete
+    body      `body_seconds` until the body is complete
+    working   the application answers; a peer that does not read has `write_seconds`
+    idle      kept alive between requests: `idle_seconds`
+
+The server looks at all deadlines twice a second; no timer is set for a request. When the table is full, the oldest silent
+connection makes room, then the longest idle one: who sends a request at once is never kept out by those who do not.
+
+Source: encode/uvicorn uvicorn/protocols/http/httptools_impl.py. Thread-safety: one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from csvfast.broker.kbs.errors import KbsError
+from csvfast.broker.logs import event, new_correlation
+
+if TYPE_CHECKING:
+    from uvicorn.config import Config
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+    from uvicorn.server import ServerState
+
+    from csvfast.broker.kbs.metrics import Metrics
+
+__all__ = ["ConnectionTable", "HttpLimits", "KbsProtocol"]
+
+_PIPELINED: Final = 16
+_LINGER_SECONDS: Final = 2.0
+_REASONS: Final = {400: b"Bad Request", 413: b"Content Too Large", 431: b"Request Header Fields Too Large"}
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """How much, and how long.
+
+    connections     open at once
+    head_bytes      of a request's line and headers; an EAR token has to fit
+    headers         of a request
+    body_bytes      of a request
+    *_seconds       see the module; handshake_seconds for TLS
+    """
+
+    connections: int = 4096
+    head_bytes: int = 32 << 10
+    headers: int = 64
+    body_bytes: int = 2 << 20
+    handshake_seconds: float = 10.0
+    head_seconds: float = 10.0
+    body_seconds: float = 30.0
+    write_seconds: float = 30.0
+    idle_seconds: float = 60.0
+
+
+class Connection:
+    """What the table knows of a connection. Subclasses close themselves.
+
+    deadline   when it will be closed, by the loop's clock; infinite while the application works
+    """
+
+    deadline: float = float("inf")
+
+    def abort(self) -> None:
+        """Closes it at once, without ceremony."""
+        raise NotImplementedError
+
+
+class ConnectionTable:
+    """All connections of a door, silent and idle ones in the order in which they became that.
+
+    In: door   for counters
+    """
+
+    def __init__(self, limits: HttpLimits, metrics: Metrics, door: str) -> None:
+        self.limits: Final = limits
+        self.door: Final = door
+        self._metrics = metrics
+        self._silent: dict[Connection, None] = {}
+        self._idle: dict[Connection, None] = {}
+        self._busy: set[Connection] = set()
+        metrics.watch_connections(door, lambda: len(self))
+
+    def __len__(self) -> int:
+        return len(self._silent) + len(self._idle) + len(self._busy)
+
+    def admit(self, connection: Connection) -> bool:
+        """A new connection, silent. False: there is no room, and nobody who could make some."""
+        if len(self) >= self.limits.connections:
+            victims = self._silent or self._idle
+            if not victims:
+                self.refused("table full")
+                return False
+            self.close(next(iter(victims)), "evicted")
+        self._silent[connection] = None
+        return True
+
+    def silent(self, connection: Connection) -> None:
+        """It has begun a request (again), whose head is not complete."""
+        if connection not in self._silent:
+            self.forget(connection)
+            self._silent[connection] = None
+
+    def busy(self, connection: Connection) -> None:
+        """Its request's head is complete."""
+        self._silent.pop(connection, None)
+        self._idle.pop(connection, None)
+        self._busy.add(connection)
+
+    def idle(self, connection: Connection) -> None:
+        """Its request has been answered."""
+        self.forget(connection)
+        self._idle[connection] = None
+
+    def forget(self, connection: Connection) -> None:
+        """It has gone."""
+        self._silent.pop(connection, None)
+        self._idle.pop(connection, None)
+        self._busy.discard(connection)
+
+    def close(self, connection: Connection, reason: str) -> None:
+        """Closes a connection at once and counts it."""
+        self.forget(connection)
+        self.refused(reason)
+        connection.abort()
+
+    def refused(self, reason: str) -> None:
+        """Counts. In: reason   a word out of the program."""
+        self._metrics.refused(self.door, reason)
+
+    def sweep(self, now: float) -> None:
+        """Closes connections whose time is up."""
+        for group in (self._silent, self._busy, self._idle):
+            late = [connection for connection in group if connection.deadline <= now]
+            for connection in late:
+                self.close(connection, "idle" if group is self._idle else "deadline")
+
+
+class KbsProtocol(HttpToolsProtocol, Connection):
+    """One connection."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        table: ConnectionTable,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(config, server_state, app_state, loop)
+        self._table = table
+        self._limits = table.limits
+        self._time = loop.time
+        self._head_bytes = 0  # of the head that is being read; -1: no head is being read
+        self._body_bytes = 0
+        self._begun = False
+        self._early = b""
+        self._refused = False
+        self._extensions: dict[str, Any] | None = None
+        self.deadline = loop.time() + table.limits.head_seconds
+
+    # ---- The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins; over TLS, after its handshake."""
+        super().connection_made(transport)
+        self._begun = True
+        tls = transport.get_extra_info("ssl_object")
+        certificate = None if tls is None else tls.getpeercert(binary_form=True)
+        if certificate:
+            self._extensions = {"csvfast.peer": {"certificate_sha256": hashlib.sha256(certificate).hexdigest()}}
+        if self._early:
+            early, self._early = self._early, b""
+            self.data_received(early)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends."""
+        self._table.forget(self)
+        if self._begun:
+            super().connection_lost(exc)
+
+    def abort(self) -> None:
+        """Closes at once."""
+        if self._begun:
+            self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of requests."""
+        if not self._begun:  # the TLS layer may be quicker than connection_made
+            self._early += data
+            return
+        if self._refused:
+            return
+        if self._head_bytes >= 0:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > self._limits.head_bytes and not self._refused:
+            self.refuse(431, "head of more bytes than allowed")
+
+    # ---- The request
+
+    def on_message_begin(self) -> None:
+        """Its first byte."""
+        super().on_message_begin()
+        if self._extensions is not None:
+            self.scope["extensions"] = self._extensions
+        if not self._is_answering():
+            self._table.silent(self)
+            self.deadline = self._time() + self._limits.head_seconds
+
+    def on_headers_complete(self) -> None:
+        """Its head is complete: checked, and given to the application."""
+        if self._refused:
+            return
+        limits, headers = self._limits, self.headers
+        size = len(self.url)
+        for name, value in headers:
+            size += len(name) + len(value)
+            if name == b"content-length" and (len(value) > 18 or not value.isdigit() or int(value) > limits.body_bytes):
+                self.refuse(413, "body of more bytes than allowed")
+                return
+        if size > limits.head_bytes or len(headers) > limits.headers:
+            self.refuse(431, "head of more bytes or headers than allowed")
+            return
+        if len(self.pipeline) >= _PIPELINED:
+            self.refuse(400, "more requests in advance than allowed")
+            return
+        self._head_bytes, self._body_bytes = -1, 0
+        self.deadline = self._time() + limits.body_seconds
+        self._table.busy(self)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Some of its body."""
+        if self._refused:
+            return
+        self._body_bytes += len(body)
+        if self._body_bytes > self._limits.body_bytes:
+            self.refuse(413, "body of more bytes than allowed")
+            return
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Its end."""
+        if self._refused:
+            return
+        self._head_bytes = 0
+        if self._is_answering():
+            self.deadline = float("inf")
+        else:  # answered before its body was complete
+            self._rest()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """It has been answered."""
+        # As uvicorn does it, without a timer for each.
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        elif self._head_bytes >= 0:
+            self._rest()
+
+    def _rest(self) -> None:
+        self.deadline = self._time() + self._limits.idle_seconds
+        self._table.idle(self)
+
+    def _is_answering(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def pause_writing(self) -> None:
+        """The peer does not read."""
+        super().pause_writing()
+        self.deadline = self._time() + self._limits.write_seconds
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        super().resume_writing()
+        if self._head_bytes >= 0 and self._is_answering():
+            self.deadline = float("inf")
+
+    # ---- Refusals
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls for what is no HTTP."""
+        self.refuse(400, msg)
+
+    def refuse(self, status: int, detail: str) -> None:
+        """Answers without the application, when nothing has been answered yet, and closes."""
+        if self._refused:
+            return
+        self._refused = True
+        self._table.refused(detail.replace('"', "'"))
+        correlation = new_correlation()
+        event(_log, logging.INFO, "refused", status=status, error=detail, correlation=correlation)
+        if self._is_answering():
+            # The application is at it, perhaps in the middle of its answer: it sees a peer that has gone.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self.transport.abort()
+                return
+        body = KbsError("HTTPFailed", detail, correlation, status=status).body
+        head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (status, _REASONS[status], len(body)) + body)
+        if self.transport.can_write_eof():
+            # Closing now would reset the connection while the peer is still sending, and it would not see the answer.
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self.deadline = self._time() + _LINGER_SECONDS
+        else:
+            self.transport.close()
