@@ -114,6 +114,7 @@ class AttestedServer:
         self._closing: OrderedDict[Link, None] = OrderedDict()
         self._tables: Final = (self._handshakes, self._judging, self._silent, self._active, self._closing)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._judgements: set[asyncio.Future[Judgement | AttestedTlsError]] = set()
         self._servers: list[asyncio.Server] = []
         self._executor: ThreadPoolExecutor | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -165,6 +166,8 @@ class AttestedServer:
         if self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
+        for future in self._judgements:
+            future.cancel()
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
@@ -217,6 +220,8 @@ class AttestedServer:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self.limits.judges, "csvfast-judge")
         future = self._loop.run_in_executor(self._executor, _outcome, link.connection.judging())
+        self._judgements.add(future)
+        future.add_done_callback(self._judgements.discard)
         future.add_done_callback(lambda done: None if done.cancelled() else link.settle(_result(done)))
 
     def accepted(self, link: Link) -> None:

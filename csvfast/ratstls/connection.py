@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn
 from OpenSSL import SSL
 
 from csvfast.errors import ArgumentError, AttestedTlsError
-from csvfast.ratstls.context import Examination, words_of
+from csvfast.ratstls.context import Examination, bare, words_of
 from csvfast.ratstls.peer import Judgement, Peer
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class AttestedConnection:
     def peer(self) -> Peer:
         """Who was accepted. AttestedTlsError until then."""
         if self._peer is None:
-            raise self._error or AttestedTlsError("handshake", "the peer has not been accepted yet")
+            raise self._closed() if self._error else AttestedTlsError("handshake", "the peer has not been accepted yet")
         return self._peer
 
     # ---- The network's side
@@ -226,7 +226,7 @@ class AttestedConnection:
     def abort(self, error: AttestedTlsError) -> None:
         """Closes for a reason that the network's side knows, e.g. a deadline. Never raises."""
         if self._state != "closed":
-            self._error = error
+            self._error = bare(error)
             self._shut()
 
     def _expect(self, state: State) -> None:
@@ -236,15 +236,15 @@ class AttestedConnection:
             raise AttestedTlsError("handshake", f"connection {self._state}; expected {state}")
 
     def _closed(self) -> AttestedTlsError:
-        return self._error or AttestedTlsError("closed", "this end has closed the connection")
+        return bare(self._error) if self._error else AttestedTlsError("closed", "this end has closed the connection")
 
     def _fail(self, stage: str, message: str) -> NoReturn:
         self._closed_by(AttestedTlsError(stage, message))
 
     def _closed_by(self, error: AttestedTlsError) -> NoReturn:
-        self._error = error
+        self._error = bare(error)
         self._shut()
-        raise error from error.__cause__
+        raise bare(error) from error.__cause__  # `error` itself would be a variable of a frame that it keeps: a cycle
 
     def _shut(self) -> None:
         was_handshake = self._state == "handshake"

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from csvfast.ratstls.certificate import AttestedCertificate, Layout
     from csvfast.ratstls.peer import Requirement
 
-__all__ = ["EndpointContext", "Examination", "Identity", "TlsOptions", "sm_is_available", "words_of"]
+__all__ = ["EndpointContext", "Examination", "Identity", "TlsOptions", "bare", "sm_is_available", "words_of"]
 
 _log: Final = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Examination:
         try:
             certificate = read_certificate(encoded)
         except FormatError as error:
-            raise AttestedTlsError("certificate", str(error)) from error
+            raise AttestedTlsError("certificate", str(error)) from None
         if options.suites == "sm" and certificate.key_kind != "sm2":
             raise AttestedTlsError("certificate", f"a {certificate.key_kind} key; expected an SM2 key")
         check_binding(certificate, skew=options.skew)
@@ -207,7 +207,7 @@ class EndpointContext:
             try:
                 return examination.examine(x509_object, errno, depth, requirement, options)
             except AttestedTlsError as error:
-                examination.error = error
+                examination.error = bare(error)
             except Exception as error:
                 examination.error = AttestedTlsError("certificate", f"{type(error).__name__}: {error}")
             examination.certificate = None
@@ -224,6 +224,11 @@ class EndpointContext:
             context.check_privatekey()
         except (SSL.Error, ValueError) as error:
             raise ArgumentError(f"identity: key and certificate do not fit each other ({words_of(error)})") from error
+
+
+def bare(error: AttestedTlsError) -> AttestedTlsError:
+    """The same error without the calls it went through, which would keep a connection in memory that keeps the error."""
+    return AttestedTlsError(error.stage, str(error).removeprefix(f"{error.stage}: "))
 
 
 def words_of(error: Exception) -> str:

@@ -47,11 +47,13 @@ class Stream:
         One task at a time.
         """
         link = self._link
-        while True:
-            data = link.read(maximum)
-            if data is not None:
-                return data
-            await link.wait_for_data()
+        data = link.read(maximum)
+        if data is None:
+            link.waits()  # once: pieces of a record do not start the clock anew
+            while data is None:
+                await link.wait_for_data()
+                data = link.read(maximum)
+        return data
 
     async def send(self, data: BytesLike) -> None:
         """Sends `data`; a TLS record ends where it ends. Returns when the system has taken it or has room for it.
@@ -172,7 +174,7 @@ class Link(asyncio.Protocol):
         if connection.state == "handshake":
             self._advance()
         self._wake(self._data)
-        return connection.state == "open"
+        return connection.state in ("open", "judging")
 
     def connection_lost(self, _error: Exception | None) -> None:
         """See asyncio.Protocol."""
@@ -249,10 +251,13 @@ class Link(asyncio.Protocol):
         self.connection.send(data)
         self.transport.write(self.connection.outgoing())
 
+    def waits(self) -> None:
+        """The peer's time runs from now on."""
+        self._owner.waits(self)
+
     async def wait_for_data(self) -> None:
         """Until something has come, or the connection is at its end."""
         self._data = asyncio.get_running_loop().create_future()
-        self._owner.waits(self)
         try:
             await self._data
         finally:
@@ -267,7 +272,7 @@ class Link(asyncio.Protocol):
         finally:
             self._room = None
         if self._is_lost or self.connection.state != "open":
-            raise self.connection.error or AttestedTlsError("closed", "the connection was lost")
+            raise AttestedTlsError("closed", str(self.connection.error or "the connection was lost"))
 
     def close(self) -> None:
         """See Stream."""

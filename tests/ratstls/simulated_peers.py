@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,10 +58,8 @@ def pump(*pair: AttestedConnection) -> None:
         moved = False
         for near, far in (pair, pair[::-1]):
             if near.state == "handshake":
-                try:
+                with contextlib.suppress(AttestedTlsError):
                     near.advance()
-                except AttestedTlsError:
-                    pass
             data = near.outgoing()
             if data and far.state != "closed":
                 far.feed(data)
