@@ -85,7 +85,7 @@ class Reference:
         self.single = isinstance(first, Mapping) and first.keys() == {_SINGLE}
         self.items = (first[_SINGLE],) if isinstance(first, Mapping) and self.single else self.values
         self._texts: Final = frozenset(value for value in self.items if type(value) is str)
-        self._others: Final = tuple(value for value in self.items if type(value) is not str)
+        self._others: Final = frozenset((type(value), value) for value in self.items if type(value) in (int, bool))
 
     @classmethod
     def of(cls, value: Any, expires: float | None = None) -> Reference:
@@ -93,10 +93,10 @@ class Reference:
         return cls(value if isinstance(value, list) else ({_SINGLE: value},), expires)
 
     def has(self, value: Any) -> bool:
-        """Whether the value is among these: of the same type and equal, so that true is not 1."""
+        """Whether a text, an integer or a boolean is among these; true is not 1. Nothing else ever is, null least of all."""
         if type(value) is str:
             return value in self._texts
-        return any(type(one) is type(value) and one == value for one in self._others)
+        return type(value) in (int, bool) and (type(value), value) in self._others
 
     def has_expired(self, now: float) -> bool:
         """Whether it is worth nothing at `now`, seconds since the epoch."""

@@ -28,7 +28,7 @@ from typing import Any, Final, NoReturn
 from csvfast.broker.policy.base import Policy, checked_text, refused
 from csvfast.broker.policy.decision import STATUSES, TRUST_CLAIMS, Decision, status_of
 from csvfast.broker.policy.references import References
-from csvfast.broker.policy.rego_process import RegoWorker, WorkerError, shared_worker
+from csvfast.broker.policy.rego_process import MESSAGE_LIMIT, RegoWorker, WorkerError, shared_worker
 from csvfast.errors import FormatError
 
 __all__ = ["RegoPolicy", "evaluate_verdictd"]
@@ -193,6 +193,8 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _object(text: str, what: str) -> dict[str, Any]:
+    if len(text) > MESSAGE_LIMIT:
+        raise FormatError(f"Verdictd {what}", "length", None, f"{len(text)} characters", f"at most {MESSAGE_LIMIT}")
     value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     if not isinstance(value, dict):
         raise FormatError(f"Verdictd {what}", "root", None, type(value).__name__, "a JSON object")

@@ -28,7 +28,7 @@ from csvfast._extras import need
 from csvfast.broker.policy.rego_worker import MESSAGE_LIMIT
 from csvfast.errors import CsvfastError
 
-__all__ = ["RegoLimits", "RegoWorker", "WorkerError", "shared_worker"]
+__all__ = ["MESSAGE_LIMIT", "RegoLimits", "RegoWorker", "WorkerError", "shared_worker"]
 
 _PROGRAM: Final = Path(__file__).with_name("rego_worker.py")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
