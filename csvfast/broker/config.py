@@ -9,7 +9,8 @@
     [log]              level = "info"
 
     [verdictd]         listen = "127.0.0.1:1234"; freshness = "certificate" | "challenge"; suites = "default" | "sm"; tls12 = true
-                       key = "tls.key" (its certificate is made anew at each start; SPKI pinned by guests)
+                       key = "tls.key" (its certificate is made anew at each start; guests pin its SPKI); attester = "device": the
+                       broker runs in a CSV guest and shows evidence of its own
     [kbs]              listen = "127.0.0.1:8080"; certificate, key, client_ca = files; insecure_http = true away from loopback
     [keyprovider]      listen = "unix:keyprovider.sock" or an address; local_trust = true: who reaches it is the owner;
                        certificate, key, client_ca; create_keys; packets = "coco" | "verdictd"
@@ -106,6 +107,7 @@ class VerdictdConfig:
     freshness: Literal["certificate", "challenge"] = "certificate"
     suites: Literal["default", "sm"] = "default"
     tls12: bool = False
+    attester: Literal["none", "device"] = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import logging
 import ssl
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
@@ -227,7 +227,7 @@ class _Admission(asyncio.Protocol, Connection):
         self.deadline = asyncio.get_running_loop().time() + server.limits.handshake_seconds
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its class
         self._transport = transport
         if not self._server.table.admit(self):
             transport.abort()
