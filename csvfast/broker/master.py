@@ -307,7 +307,7 @@ def _read_descriptor(descriptor: int, what: str) -> bytearray:
 
 
 def _argon2id(passphrase: Secret, salt: bytes, parameters: Argon2Parameters) -> Secret:
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
     if not LEAST_PASSPHRASE <= len(passphrase) <= _MOST:
@@ -327,7 +327,7 @@ def _argon2id(passphrase: Secret, salt: bytes, parameters: Argon2Parameters) -> 
     # Takes any buffer, though it says bytes. What it returns is bytes, freed but not wiped after the Secret has its copy.
     try:
         return Secret(derivation.derive(cast("bytes", passphrase)))
-    except MemoryError:
+    except (MemoryError, InternalError):  # what older releases make of it; the parameters have been checked
         raise AllocationError(f"argon2id: no memory for {parameters.memory_kib} KiB") from None
 
 
