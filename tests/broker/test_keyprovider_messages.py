@@ -328,9 +328,11 @@ def test_wrong_packets(change: dict[str, Any], message: str) -> None:
 
 
 NAMES = st.sampled_from(
-    ["op", "keywrapparams", "keyunwrapparams", "annotation", "optsdata", "ec", "Parameters", "kid", "iv", "wrapped_data"]
-    + ["wrap_type", "algorithm", "version", "key_length", "keywrapresults", "keyunwrapresults"]
-)
+    [
+        "op", "keywrapparams", "keyunwrapparams", "annotation", "optsdata", "ec", "Parameters", "kid", "iv", "wrapped_data",
+        "wrap_type", "algorithm", "version", "key_length", "keywrapresults", "keyunwrapresults",
+    ]
+)  # fmt: skip
 
 
 @given(
