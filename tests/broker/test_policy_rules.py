@@ -326,6 +326,12 @@ REFUSED: list[tuple[str, str, str]] = [
     ("appraisal", 'name = "x"\nname = "y"', "syntax"),
     ("appraisal", f"x = {'[' * 5000}", "nesting"),
     ("appraisal", f"x = {'9' * 5000}", "number"),
+    ("appraisal", f"{'a.' * 400_000}a = 1", "syntax"),  # tomllib would take hours
+    ("appraisal", f"{'a . ' * 200_000}a = 1", "syntax"),
+    ("appraisal", "'a'." * 200_000 + "a = 1", "syntax"),
+    ("appraisal", '"a.b".' * 100_000 + "a = 1", "syntax"),
+    ("appraisal", "a" * 1_000_000, "syntax"),
+    ("appraisal", '"' * 1_000_000, "syntax"),
     ("appraisal", f'name = "x"\n{RULE}#{"x" * (1 << 20)}', "length"),
     ("appraisal", 'name = "\ud800"', "text"),
     ("appraisals", RULE, "kind"),

@@ -28,6 +28,7 @@ from csvfast.report.layout import Report
 from csvfast.report.policy import GuestPolicy
 from csvfast.report.request import ReportRequest
 from fuzz.mailbox_targets import MailboxCsv3Target, MailboxTarget
+from fuzz.policy_targets import ReferenceMessageTarget, RulesTarget
 from fuzz.target import CHIP, LINE, MIB, Target, platform
 
 __all__ = ["TARGETS", "Target"]
@@ -340,4 +341,6 @@ TARGETS: dict[str, type[Target]] = {
     "key": KeyTarget,
     "mailbox": MailboxTarget,
     "mailbox-csv3": MailboxCsv3Target,
+    "broker-policy": RulesTarget,
+    "reference-message": ReferenceMessageTarget,
 }

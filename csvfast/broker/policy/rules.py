@@ -41,6 +41,7 @@ Thread-safety: immutable objects.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -69,6 +70,11 @@ RULES_LIMIT: Final = 1000
 
 CONTRAINDICATED: Final = 96
 """What a rule that fails makes of the claims it would have vouched for."""
+
+# tomllib takes quadratic time for a key of very many parts. This looks at each name and each quotation mark once or 33 times.
+_LONG_KEY: Final = re.compile(
+    r"""(?<![A-Za-z0-9_-])(?:(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){33}"""
+)
 
 
 class _Rule(NamedTuple):
@@ -236,6 +242,8 @@ def _request(document: Mapping[str, Any]) -> str:
 
 
 def _parse(text: str) -> dict[str, Any]:
+    if _LONG_KEY.search(text):
+        refuse("syntax", "dozens of names with dots between them", "keys of a few names")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
