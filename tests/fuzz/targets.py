@@ -29,6 +29,7 @@ from csvfast.report.policy import GuestPolicy
 from csvfast.report.request import ReportRequest
 from fuzz.mailbox_targets import MailboxCsv3Target, MailboxTarget
 from fuzz.policy_targets import ReferenceMessageTarget, RulesTarget
+from fuzz.ratstls_targets import RatsTlsCertificateTarget, RatsTlsClaimsTarget, RatsTlsEvidenceTarget
 from fuzz.target import CHIP, LINE, MIB, Target, platform
 
 __all__ = ["TARGETS", "Target"]
@@ -341,6 +342,9 @@ TARGETS: dict[str, type[Target]] = {
     "key": KeyTarget,
     "mailbox": MailboxTarget,
     "mailbox-csv3": MailboxCsv3Target,
+    "ratstls-certificate": RatsTlsCertificateTarget,
+    "ratstls-claims": RatsTlsClaimsTarget,
+    "ratstls-evidence": RatsTlsEvidenceTarget,
     "broker-policy": RulesTarget,
     "reference-message": ReferenceMessageTarget,
 }
