@@ -148,6 +148,8 @@ class Database:
             check_same_thread=False,
             cached_statements=256,
         )
+        # Somebody may have written text that is none: it is for whoever reads it to say which row that is.
+        connection.text_factory = _decode
         try:
             settings = ["synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY", "trusted_schema=OFF"]
             settings += ["query_only=ON"] if read_only else []
@@ -247,6 +249,10 @@ class Database:
 
     def _unavailable(self, error: BaseException) -> UnavailableError:
         return UnavailableError(f"{self.name}: {describe(error)}")
+
+
+def _decode(text: bytes) -> str:
+    return text.decode(errors="surrogateescape")
 
 
 def _prepare_file(path: Path, create: bool) -> None:
