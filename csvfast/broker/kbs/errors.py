@@ -66,6 +66,7 @@ class KbsError(Exception):
     ) -> None:
         super().__init__(detail)
         self.variant: Final = variant
+        self.correlation: Final = correlation
         self.detail: Final = f"{detail} ({correlation})" if correlation else detail
         self.status: Final = status or (404 if variant in _NOT_FOUND else 401)
         self.retry_after: Final = retry_after
@@ -89,7 +90,9 @@ def answer_to(error: CsvfastError | KbsError, variant: Variant, correlation: str
     In: variant   of refusals in this place; other kinds of error have one of their own
     """
     if isinstance(error, KbsError):
-        return error
+        if error.correlation:
+            return error
+        return KbsError(error.variant, error.detail, correlation, status=error.status, retry_after=error.retry_after)
     if isinstance(error, DeniedError):
         return KbsError(variant, "not allowed", error.correlation or correlation)
     if isinstance(error, LimitedError):
