@@ -1,6 +1,7 @@
 """The `csvfast` command: one command, one room per subject.
 
     csvfast info | bench | measure ... | memory demo | chip ... | cert ... | report ... | platform ... | guest ... | broker ...
+            | attest client
 
 Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
 """
@@ -15,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from csvfast.cli import attest as _attest
 from csvfast.cli import bench as _bench
 from csvfast.cli import broker as _broker
 from csvfast.cli import cert as _cert
@@ -68,6 +70,7 @@ app.add_typer(_cert.app, name="cert")
 app.add_typer(_report.app, name="report")
 app.add_typer(_platform.app, name="platform")
 app.add_typer(_broker.app, name="broker")
+app.add_typer(_attest.app, name="attest")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
