@@ -182,6 +182,15 @@ class EndpointContext:
             raise ArgumentError("a client always sees the server's certificate: expected unattested()")
         return cls(identity, requirement, options, False)
 
+    @property
+    def ends_silently(self) -> bool:
+        """True when nothing of the handshake is left to be sent once `advance` has ended it: what there is waits for the answer.
+
+        With TLS 1.3 the client has the last word. What OpenSSL's server still writes are tickets that it does not remember: they
+        cannot be switched off through pyOpenSSL.
+        """
+        return self.is_server and self.options.minimum_version == "1.3"
+
     def _build(self) -> SSL.Context:
         context = SSL.Context(SSL.TLS_SERVER_METHOD if self.is_server else SSL.TLS_CLIENT_METHOD)
         context.set_min_proto_version(SSL.TLS1_3_VERSION if self.options.minimum_version == "1.3" else SSL.TLS1_2_VERSION)

@@ -206,7 +206,8 @@ class Link(asyncio.Protocol):
             if connection.advance() != "judging":
                 self._flush()
                 return
-            self._flush()
+            if not self._context.ends_silently:
+                self._flush()
             if self._context.requirement.blocking:
                 self._hold()  # what the peer says meanwhile waits in the network
                 self._owner.judge_elsewhere(self)
@@ -237,8 +238,9 @@ class Link(asyncio.Protocol):
         """As AttestedConnection.receive; when all has been taken the network may go on."""
         data = self.connection.receive(maximum)
         if data is None:
-            self._unread = 0
-            self._flush()  # an answer to a key update, if there was one
+            if self._unread:
+                self._unread = 0
+                self._flush()  # an answer to a key update, if there was one
             self._release()
         elif data:
             self._owner.spoke(self)
