@@ -92,7 +92,7 @@ class AttestedConnection:
     def peer(self) -> Peer:
         """Who was accepted. AttestedTlsError until then."""
         if self._peer is None:
-            raise self._closed() if self._error else AttestedTlsError("handshake", "the peer has not been accepted yet")
+            raise self.failure() if self._error else AttestedTlsError("handshake", "the peer has not been accepted yet")
         return self._peer
 
     # ---- The network's side
@@ -100,7 +100,7 @@ class AttestedConnection:
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Bytes that came from the peer, any number of them. AttestedTlsError: too many before he was accepted, or closed."""
         if self._state == "closed":
-            raise self._closed()
+            raise self.failure()
         if self._state != "open":
             self._arrived += len(data)
             if self._arrived > HANDSHAKE_LIMIT:
@@ -232,10 +232,11 @@ class AttestedConnection:
     def _expect(self, state: State) -> None:
         if self._state != state:
             if self._state == "closed":
-                raise self._closed()
+                raise self.failure()
             raise AttestedTlsError("handshake", f"connection {self._state}; expected {state}")
 
-    def _closed(self) -> AttestedTlsError:
+    def failure(self) -> AttestedTlsError:
+        """To be raised by whoever wants to use a closed connection: why it cannot be used."""
         return bare(self._error) if self._error else AttestedTlsError("closed", "this end has closed the connection")
 
     def _fail(self, stage: str, message: str) -> NoReturn:

@@ -273,8 +273,10 @@ class Link(asyncio.Protocol):
             await self._room
         finally:
             self._room = None
-        if self._is_lost or self.connection.state != "open":
-            raise AttestedTlsError("closed", str(self.connection.error or "the connection was lost"))
+        if self.connection.state != "open":
+            raise self.connection.failure()
+        if self._is_lost:
+            raise AttestedTlsError("closed", "the connection was lost")
 
     def close(self) -> None:
         """See Stream."""
