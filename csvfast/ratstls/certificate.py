@@ -258,7 +258,7 @@ def read_raw_evidence(raw: bytes) -> Evidence:
         raise FormatError(_EVIDENCE, "length", None, f"{len(raw)} bytes", expected)
     rats_tls = raw[-4:] == _CERTIFICATES_LENGTH and _is_hsk(raw, REPORT_PAGE)
     librats = raw[REPORT_PAGE : REPORT_PAGE + 4] == _CERTIFICATES_LENGTH and _is_hsk(raw, REPORT_PAGE + 4)
-    if rats_tls == librats:
+    if rats_tls == librats:  # both cannot be, since they want other words at 4096; nothing is left to that
         found = "both layouts" if rats_tls else "neither layout"
         expected = f"length {HSK_CEK_BYTES} and an HSK, either as rats-tls or as librats has them"
         raise FormatError(_EVIDENCE, "certificates", REPORT_PAGE, found, expected)

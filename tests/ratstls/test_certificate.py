@@ -342,6 +342,18 @@ def test_other_spellings_of_a_good_key(key: TlsKey, good: bytes) -> None:
         assert caught.value.field == field
 
 
+def test_other_spellings_of_an_rsa_key(keys: dict[str, TlsKey]) -> None:
+    """Without the NULL, and with other identifiers for RSA keys: cryptography reads some of them."""
+    reader = asn1.Reader(keys["rsa3072"].spki, "key").sequence("key")
+    reader.sequence("algorithm")
+    bits = asn1.bit_string(reader.bit_string("bits")[0])
+    plain, pss = asn1.object_identifier("1.2.840.113549.1.1.1"), asn1.object_identifier("1.2.840.113549.1.1.10")
+    assert asn1.sequence(asn1.sequence(plain, asn1.null()), bits) == keys["rsa3072"].spki
+    for algorithm in ([plain], [pss], [plain, asn1.integer(1)], [pss, asn1.null()]):
+        with pytest.raises(FormatError, match="SubjectPublicKeyInfo"):
+            read_spki(asn1.sequence(asn1.sequence(*algorithm), bits))
+
+
 def test_rsa_with_another_exponent() -> None:
     numbers = rsa.RSAPublicNumbers(3, rsa.generate_private_key(65537, 3072).public_key().public_numbers().n)
     spki = numbers.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
