@@ -27,6 +27,7 @@ from csvfast.report.evidence import Evidence, read_evidence
 from csvfast.report.layout import Report
 from csvfast.report.policy import GuestPolicy
 from csvfast.report.request import ReportRequest
+from fuzz.keyprovider_targets import KeyProviderTarget, KeyringTarget, PacketTarget, ParametersTarget
 from fuzz.mailbox_targets import MailboxCsv3Target, MailboxTarget
 from fuzz.policy_targets import ReferenceMessageTarget, RulesTarget
 from fuzz.ratstls_targets import RatsTlsCertificateTarget, RatsTlsClaimsTarget, RatsTlsEvidenceTarget
@@ -347,4 +348,8 @@ TARGETS: dict[str, type[Target]] = {
     "ratstls-evidence": RatsTlsEvidenceTarget,
     "broker-policy": RulesTarget,
     "reference-message": ReferenceMessageTarget,
+    "keyprovider-request": KeyProviderTarget,
+    "keyprovider-packet": PacketTarget,
+    "keyprovider-parameters": ParametersTarget,
+    "openpgp-keyring": KeyringTarget,
 }
