@@ -241,6 +241,17 @@ def test_appraisal_policy_without_its_references(worker: RegoWorker) -> None:
     assert RegoPolicy("appraisal", expired, worker=worker).evaluate(document(), REFERENCES, NOW - 1).allowed
 
 
+def test_only_what_is_verified_and_about_this_exchange_is_asked_about(worker: RegoWorker) -> None:
+    policy = RegoPolicy("appraisal", 'package policy\ntrust_claims := {"executables": 3}', worker=worker)
+    assert policy.evaluate(document(), NONE, NOW).allowed
+    loose = appraisal_document(verify(PLATFORM.evidence(), roots=PLATFORM.roots))
+    decision = policy.evaluate(loose, NONE, NOW)
+    assert (decision.allowed, decision.rule, decision.observed) == (False, "bound", "bound false")
+    for change in ({"chain_complete": False}, {"chain_complete": None}, {"bound": 1}):
+        assert not policy.evaluate({**document(), **change}, NONE, NOW).allowed
+    assert not policy.evaluate({}, NONE, NOW).allowed
+
+
 def test_statuses_that_are_allowed(worker: RegoWorker) -> None:
     moment = NOW + 60  # the measurement's reference has expired: executables 33
     lenient = RegoPolicy("appraisal", APPRAISAL, statuses=("affirming", "warning"), worker=worker)

@@ -1,10 +1,11 @@
 """Policies in Rego, for operators who bring those of CoCo or Verdictd.
 
-A policy is one module of package `policy`. A resource policy is asked `data.policy.allow`, with the token's claims as `input` and
-`data.plugin`, `data["resource-path"]`, `data.query`; the one answer that allows is exactly `true`. An appraisal policy is asked
-`data.policy.trust_claims`, a map from AR4SI claim to integer, with trustee's claims under the name of the tee as `input` and the
-function `query_reference_value(id)`, which is undefined for references that are not registered or have expired. The status of
-that vector decides.
+A policy is one module of package `policy`. A resource policy is asked `data.policy.allow`, with the token's claims as `input`
+and `data.plugin`, `data["resource-path"]`, `data.query`; the one answer that allows is exactly `true`. An appraisal policy is
+asked `data.policy.trust_claims`, a map from AR4SI claim to integer, with trustee's claims under the name of the tee as `input`
+and the function `query_reference_value(id)`, which is undefined for references that are not registered or have expired. The
+status of that vector decides. Policies that were written for trustee take for granted that the evidence has been verified down
+to the root and is about this exchange: a document that says otherwise is refused before they are asked.
 
 Everything else is a refusal: an undefined rule, an error, several answers, a limit of the worker that was reached.
 
@@ -26,6 +27,7 @@ from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
 from csvfast.broker.policy.base import Policy, checked_text, refused
+from csvfast.broker.policy.conditions import shown
 from csvfast.broker.policy.decision import STATUSES, TRUST_CLAIMS, Decision, status_of
 from csvfast.broker.policy.references import References
 from csvfast.broker.policy.rego_process import MESSAGE_LIMIT, RegoWorker, WorkerError, shared_worker
@@ -85,6 +87,9 @@ class RegoPolicy(Policy):
 
     def _appraise(self, document: Mapping[str, Any], references: References, now: float) -> Decision:
         query, expected = _QUERIES["appraisal"], f"a trust vector that is {' or '.join(sorted(self.statuses))}"
+        for claim in ("bound", "chain_complete"):
+            if document.get(claim) is not True:
+                return refused(claim, f"{claim} {shown(document.get(claim))}", "true, before a policy in Rego is asked")
         values, until = references.for_rego(now)
         # trustee's names for what the guest says of its init data: the digest, and the content.
         given = {
