@@ -224,7 +224,9 @@ class BlockingServer:
             with contextlib.suppress(OSError):
                 raw.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it; closing would not
         self._accepting.join()
-        for thread in tuple(self._threads):
+        with self._lock:
+            threads = tuple(self._threads)
+        for thread in threads:
             thread.join()
         self._listener.close()
 
