@@ -39,7 +39,7 @@ from csvfast.broker.kbs.asgi import (
     outcome_of,
     send_reply,
 )
-from csvfast.broker.kbs.desk import Desk
+from csvfast.broker.kbs.desk import DESK, Desk, desk_answer
 from csvfast.broker.kbs.errors import KbsError, Variant
 from csvfast.broker.kbs.jwe import seal_jwe
 from csvfast.broker.kbs.metrics import Metrics
@@ -238,10 +238,11 @@ class KbsApp:
     async def _nowhere(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         correlation = new_correlation()
         path: str = scope["path"]
-        known = path.startswith("/kbs/v0/")
-        error = KbsError("PluginNotFound" if known else "InvalidRequestPath", "there is nothing at this path", correlation)
+        variant: Variant = "PluginNotFound" if path.startswith("/kbs/v0/") else "InvalidRequestPath"
+        error = KbsError(variant, "there is nothing at this path", correlation)
         self.metrics.request(Door.KBS, "nowhere", "malformed", 0.0)
-        await send_reply(send, kbs_answer(error.variant, error, correlation), correlation)
+        reply = desk_answer(error, correlation) if path.startswith(f"{DESK}/") else kbs_answer(variant, error, correlation)
+        await send_reply(send, reply, correlation)
 
 
 def _routes(operations: Sequence[Operation]) -> list[Route]:

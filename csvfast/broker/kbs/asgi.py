@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -247,7 +248,7 @@ class Endpoint:
         metrics: Metrics,
     ) -> None:
         self._handler = handler
-        self._answer = answer
+        self.answer: Final = answer
         self._door = door
         self._action = action
         self._metrics = metrics
@@ -262,13 +263,13 @@ class Endpoint:
             return
         except (KbsError, CsvfastError) as error:
             outcome = outcome_of(error)
-            reply = self._answer(error, correlation)
+            reply = self.answer(error, correlation)
             fields = {"action": self._action, "correlation": correlation, "outcome": outcome, "error": _reason(error)}
             event(_log, logging.INFO, "refused", **fields)
         except Exception as error:
             # A defect of ours: the peer learns nothing, the log everything but arguments.
             outcome = "failed"
-            reply = self._answer(error, correlation)
+            reply = self.answer(error, correlation)
             _log.exception("internal error", extra={"fields": {"action": self._action, "correlation": correlation}})
         self._metrics.request(self._door, self._action, outcome, time.perf_counter() - start)
         await send_reply(send, reply, correlation)
@@ -289,6 +290,7 @@ class Methods:
     """
 
     def __init__(self, endpoints: Mapping[str, Endpoint], others: tuple[str, ...] = ()) -> None:
+        self._answer = next((endpoint.answer for endpoint in endpoints.values()), None)
         self._endpoints = dict(endpoints)
         self._allow = (b"allow", ", ".join(sorted({*endpoints, *others})).encode())
 
@@ -298,9 +300,9 @@ class Methods:
         if endpoint is not None:
             await endpoint(scope, receive, send)
             return
-        correlation = new_correlation()
-        error = KbsError("HTTPFailed", "this path has other methods", correlation, status=405)
-        await send_reply(send, Reply(error.status, error.body, headers=(self._allow,)), correlation)
+        error = KbsError("HTTPFailed", "this path has other methods", status=405)
+        reply = (self._answer or partial(kbs_answer, error.variant))(error, correlation := new_correlation())
+        await send_reply(send, reply._replace(headers=(self._allow,)), correlation)
 
 
 def _reason(error: Exception) -> str:
