@@ -479,6 +479,7 @@ def test_threads_take_turns(worker: RegoWorker) -> None:
     assert wrong == []
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # other tests' threads may still be ending
 def test_a_forked_process_starts_a_worker_of_its_own(own_worker: RegoWorker) -> None:
     policy = RegoPolicy("resource", ALLOW + "input.x", worker=own_worker)
     assert policy.evaluate(request(x=1), NONE, NOW).allowed
