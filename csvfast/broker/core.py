@@ -81,9 +81,8 @@ class GuestJudge:
 
     @property
     def blocking(self) -> bool:
-        """True when judging may wait: for a certificate store, a policy in a worker process, a database elsewhere."""
-        broker = self._broker
-        return broker.trust.blocking or broker.grounds_block
+        """True when judging may wait: for a policy in a worker process, a database elsewhere. HSK and CEK come with the evidence."""
+        return self._broker.grounds_block
 
     def verify(self, certificate: AttestedCertificate) -> Verified:
         """Is it genuine, and about this certificate's claims?"""
