@@ -13,6 +13,7 @@ import csvfast
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("csvfast")
     group.addoption("--buffer-mib", type=int, default=8, help="buffer in MiB (default 8; 64 is outside every cache)")
+    group.addoption("--records", type=int, default=100_000, help="audit records in the large store (default 100000)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
