@@ -12,10 +12,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import sys
+import threading
 from datetime import UTC, datetime
-from typing import Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 __all__ = ["JsonFormatter", "event", "new_correlation", "set_up"]
 
@@ -53,11 +58,31 @@ def event(logger: logging.Logger, level: int, text: str, **fields: object) -> No
 
 
 def set_up(level: str = "info", stream: TextIO | None = None) -> None:
-    """Sends csvfast's and uvicorn's records to `stream` (default: standard error) as JSON lines."""
+    """Sends all that is logged in this process to `stream` (default: standard error) as JSON lines: records of csvfast and of
+    uvicorn from `level` on, warnings and errors of other libraries, Python's warnings, and exceptions that nobody caught.
+
+    In the main thread, at the start: before gRPC, whose core would write lines of its own.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    # Libraries' chatter below that may repeat what they were given.
+    root.setLevel(logging.WARNING)
     for name in ("csvfast", "uvicorn"):
         logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
+        logger.handlers.clear()
         logger.setLevel(level.upper())
-        logger.propagate = False
+        logger.propagate = True
+    logging.raiseExceptions = False  # or a log that cannot be written would be complained about, with the record's text
+    logging.captureWarnings(True)
+    sys.excepthook = lambda kind, error, trace: _uncaught("uncaught exception", kind, error, trace)
+    threading.excepthook = lambda given: _uncaught("a thread failed", given.exc_type, given.exc_value, given.exc_traceback)
+    sys.unraisablehook = lambda given: _uncaught("ignored exception", given.exc_type, given.exc_value, given.exc_traceback)
+
+
+def _uncaught(
+    what: str, kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    logging.getLogger(__name__).critical(what, exc_info=(kind, error or kind(), trace))

@@ -22,7 +22,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from csvfast.broker.administration import ROLES, Administration, Administrator
 from csvfast.broker.attestation import Trust
 from csvfast.broker.clientapi import ClientApi
-from csvfast.broker.config import Address
 from csvfast.broker.core import Broker
 from csvfast.broker.grpc_server import GrpcServer
 from csvfast.broker.kbs.admin import Administrators
@@ -34,13 +33,14 @@ from csvfast.broker.keyprovider import KeyProvider
 from csvfast.broker.limits import Limits, LimitsConfig
 from csvfast.broker.logs import event
 from csvfast.broker.model import Door
+from csvfast.broker.process import keep_memory_private
 from csvfast.broker.verdictd import VerdictdDoor
 from csvfast.certs.private import read_private_file
 from csvfast.crypto import Secret
 from csvfast.errors import BrokerError, FormatError
 from csvfast.ratstls.attester import DeviceAttester
-from csvfast.ratstls.certificate import attest_certificate, make_certificate
-from csvfast.ratstls.context import Identity, TlsOptions
+from csvfast.ratstls.certificate import attest_certificate
+from csvfast.ratstls.context import Identity
 from csvfast.ratstls.keys import TlsKey
 
 if TYPE_CHECKING:
@@ -131,18 +131,9 @@ class Service:
         self.addresses[Door.KBS] = str(server.address)
 
     async def _open_verdictd(self, config: VerdictdConfig) -> None:
-        identity = await asyncio.to_thread(_identity, config)
-        options = TlsOptions(minimum_version="1.2" if config.tls12 else "1.3", suites=config.suites)
-        door = await self._stack.enter_async_context(
-            VerdictdDoor(self.broker, identity, freshness=config.freshness, options=options)
-        )
-        listen = config.listen
-        if listen.path is not None:
-            await door.serve_unix(listen.path)
-            self.addresses[Door.VERDICTD] = str(listen)
-        else:
-            host, port = await door.serve(listen.host, listen.port)
-            self.addresses[Door.VERDICTD] = str(Address(host, port))
+        identity = await asyncio.to_thread(_attested_identity, config) if config.attester == "device" else None
+        door = await self._stack.enter_async_context(VerdictdDoor(self.broker, config, identity=identity))
+        self.addresses[Door.VERDICTD] = door.address
 
     async def _open_grpc(self, config: GrpcConfig, door: Door, handlers: Mapping[str, Handler], roles: frozenset[str]) -> None:
         server = GrpcServer(
@@ -189,8 +180,15 @@ class Service:
         self._stack.push_async_callback(end)
 
 
-def run(config: BrokerConfig, store: Store, ready: Callable[[dict[str, str]], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then closes the store. `ready` is called with the doors' addresses."""
+def run(config: BrokerConfig, open_store: Callable[[BrokerConfig], Store], ready: Callable[[dict[str, str]], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then closes the store.
+
+    In: open_store   gives the store of the configuration, once this process keeps its memory to itself
+        ready        called with the doors' addresses
+    Raises what opening raises, before `ready`.
+    """
+    keep_memory_private()
+    store = open_store(config)
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -223,8 +221,8 @@ def _run(main: Callable[[], Awaitable[None]]) -> None:
         runner.run(whole())
 
 
-def _identity(config: VerdictdConfig) -> Identity:
-    """The key that guests pin, and a certificate about it made now; with evidence when this broker runs in a CSV guest itself."""
+def _attested_identity(config: VerdictdConfig) -> Identity:
+    """The key that guests pin, with evidence: this broker runs in a CSV guest itself."""
     if config.key is None:
         key = TlsKey.generate("sm2" if config.suites == "sm" else "p256")
     else:
@@ -233,9 +231,7 @@ def _identity(config: VerdictdConfig) -> Identity:
             key = TlsKey.load(pem)
         finally:
             pem[:] = bytes(len(pem))
-    if config.attester == "device":
-        return Identity(key, attest_certificate(key, DeviceAttester()))
-    return Identity(key, make_certificate(key, None))
+    return Identity(key, attest_certificate(key, DeviceAttester()))
 
 
 def _new_token_key() -> Secret:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from contextlib import suppress
@@ -15,7 +16,7 @@ from csvfast.cli.broker_audit import audit, token
 from csvfast.cli.broker_desk import Config, Json, open_store
 from csvfast.cli.broker_policy import policy, reference
 from csvfast.cli.broker_resources import key, resource
-from csvfast.cli.common import CommandError, print_json
+from csvfast.cli.common import CommandError, exit_code_of, print_json
 
 __all__ = ["app"]
 
@@ -111,12 +112,16 @@ def serve(directory: _Directory, json: Json = False) -> None:
     """Serve until SIGTERM or Ctrl-C. Log: JSON lines on standard error."""
     from csvfast.broker.config import BrokerConfig
     from csvfast.broker.logs import set_up
-    from csvfast.broker.service import run
 
     config = BrokerConfig.load(directory)
     set_up(config.log_level)
+    from csvfast.broker.service import run
+
+    serving = False
 
     def ready(doors: dict[str, Any]) -> None:
+        nonlocal serving
+        serving = True
         if json:
             print_json({"doors": doors})
         else:
@@ -124,7 +129,14 @@ def serve(directory: _Directory, json: Json = False) -> None:
                 print(f"{name}: {address}")
         sys.stdout.flush()
 
-    run(config, open_store(config), ready)
+    try:
+        run(config, open_store, ready)
+    except Exception as error:
+        if not serving:
+            raise
+        # From here on standard error is the log's.
+        logging.getLogger(__name__).critical("stopped by an error", exc_info=error)
+        raise typer.Exit(exit_code_of(error)) from None
 
 
 @master.command()
