@@ -40,28 +40,26 @@ def show_audit(
     if json:
         print_json({"records": records})
         return
-    from rich.table import Table
-
-    table = Table("number", "time", "door", "action", "outcome", "resource", "who", "correlation", "reason")
     for record in records:
-        table.add_row(*_row(record))
-    console().print(table)
+        print(_line(record))
 
 
-def _row(record: dict[str, Any]) -> tuple[str, ...]:
-    subject = record["subject"]
-    who = subject.get("chip_id") or record["actor"] or ""
-    return (
-        str(record["sequence"]),
-        shown_moment(record["time"] / 1e6),
-        record["door"],
-        record["action"],
-        record["outcome"],
-        record["resource"],
-        str(who),
+def _line(record: dict[str, Any]) -> str:
+    """One record for people: a line, and its reason below it."""
+    who = record["subject"].get("chip_id") or record["actor"]
+    resource = record["resource"] + (f"@{record['resource_version']}" if record["resource_version"] else "")
+    columns = (
+        f"{record['sequence']:>7}",
+        shown_moment(record["time"] // 1_000_000),
+        f"{record['door']:<14}",
+        f"{record['action']:<15}",
+        f"{record['outcome']:<7}",
         record["correlation"],
-        record["reason"],
+        who or "-",
+        resource,
     )
+    line = "  ".join(columns).rstrip()
+    return f"{line}\n         {record['reason']}" if record["reason"] else line
 
 
 @audit.command()

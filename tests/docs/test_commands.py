@@ -15,6 +15,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reference import ovmf_images as ovmf
@@ -109,6 +110,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/reports.md", 5, evidence),
     ("docs/processor.md", 6, None),
     ("docs/mailbox.md", 4, None),
+    ("docs/broker.md", 20, None),
 ]
 
 
@@ -123,11 +125,11 @@ def test_commands_run(tmp_path: Path, page: str, least: int, prepare: Callable[[
     variables["DIGEST"] = csvfast.sm3_file(tmp_path / "disk.img").hexdigest()
     variables["SECRET_AREA"] = SECRET_AREA
     variables["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    servers: list[subprocess.Popen[bytes]] = []
+    servers: list[Any] = []
     try:
         for line, expected in lines:
             if line.endswith("&"):
-                stop(servers)  # a chip has one processor
+                stop([one for one in servers if one.args[-1].split()[2:4] == line.split()[1:3]])  # a chip has one processor
                 servers.append(serve(line.removesuffix("&"), tmp_path, variables))
                 continue
             if page == "docs/certificates.md" and line == "csvfast chip new chip":
@@ -161,10 +163,11 @@ def remember(line: str, shown: str, variables: dict[str, str]) -> None:
         variables["MEASUREMENT"], variables["DIGEST"] = held["measurement"], held["predicted_digest"]
 
 
-def serve(line: str, folder: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+def serve(line: str, folder: Path, variables: dict[str, str]) -> Any:
     server = subprocess.Popen(["bash", "-c", f'exec "{SCRIPT}" {line.removeprefix("csvfast ")}'], cwd=folder, env=variables)
     until = time.monotonic() + 60
     sockets = [folder / name for name in re.findall(r"[\w.-]+\.sock\b", line)]
+    sockets += [folder / name / "clientapi.sock" for name in re.findall(r"csvfast broker serve (\w+)", line)]
     assert sockets, line
     while not all(path.is_socket() for path in sockets):
         assert server.poll() is None, line
@@ -173,10 +176,11 @@ def serve(line: str, folder: Path, variables: dict[str, str]) -> subprocess.Pope
     return server
 
 
-def stop(servers: list[subprocess.Popen[bytes]]) -> None:
+def stop(servers: list[Any]) -> None:
     while servers:
         server = servers.pop()
-        server.terminate()
+        if server.poll() is None:
+            server.terminate()
         assert server.wait(60) == 0, server.args
 
 
