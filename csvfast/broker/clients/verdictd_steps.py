@@ -121,10 +121,8 @@ class Replies:
             raise _ended()
         self._frames.feed(data)
         reply = self._frames.take()
-        if reply is not None:
-            self._frames.take()
-            if not self._frames.is_empty:
-                raise _OutOfStepError(f"{_WHAT}: more than one; expected one")
+        if reply is not None and (self._frames.take() is not None or not self._frames.is_empty):
+            raise _OutOfStepError(f"{_WHAT}: more than one; expected one")
         return reply
 
 
