@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from csvfast.cli.broker_audit import audit, token
-from csvfast.cli.broker_desk import Config, Json, open_store
+from csvfast.cli.broker_desk import REMOTE, Config, Json, directory_of, open_store
 from csvfast.cli.broker_policy import policy, reference
 from csvfast.cli.broker_resources import key, resource
 from csvfast.cli.common import CommandError, exit_code_of, print_json
@@ -54,6 +54,24 @@ _Token = Annotated[str | None, typer.Option("--pkcs11-token", metavar="LABEL")]
 _Key = Annotated[str, typer.Option("--pkcs11-key", metavar="LABEL")]
 
 
+@app.callback()
+def _root(
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file", metavar="FILE", envvar="CSVFAST_BROKER_TOKEN_FILE",
+            help="An administrator's token, for a broker that --config names by URL.",
+        ),
+    ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="CSVFAST_BROKER_CA", help="CA certificates for https instead of the system's."),
+    ] = None,
+) -> None:  # fmt: skip
+    """The key broker: keys only to guests that prove themselves."""
+    REMOTE.token_file, REMOTE.ca = token_file, ca
+
+
 @app.command()
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="To be made; private to its owner.")],
@@ -87,7 +105,8 @@ def init(
     table = _master_table(master, secret_file, secret_variable, pkcs11_module, pkcs11_token, pkcs11_key)
     text = _configuration(store, table, list(roots) or ["hygon"], verdictd, kbs)
     BrokerConfig.parse(text.encode(), directory.absolute())
-    write_private_directory(directory, {"broker.toml": text.encode(), "tls.key": TlsKey.generate("p256").dump(), **roots})
+    tls_key = TlsKey.generate("p256")
+    write_private_directory(directory, {"broker.toml": text.encode(), "tls.key": tls_key.dump(), **roots})
     try:
         config = BrokerConfig.load(directory)
         opened = Store.open(config.store_url, create_master(config.master, base=config.base), create=True)
@@ -101,9 +120,18 @@ def init(
             shutil.rmtree(directory)
         raise
     if json:
-        print_json({"directory": str(directory), "store": config.store_url, "verdictd": verdictd, "kbs": kbs})
+        print_json(
+            {
+                "directory": str(directory),
+                "store": config.store_url,
+                "verdictd": verdictd,
+                "kbs": kbs,
+                "pin": tls_key.spki_sha256.hex(),
+            }
+        )
     else:
         print(f"broker in {directory}: csvfast broker serve {directory}")
+        print(f"guests that ask through Verdictd's door pin {tls_key.spki_sha256.hex()}")
         print(f"administrator's token in {directory / 'admin.token'}")
 
 
@@ -157,7 +185,7 @@ def rotate(
     from csvfast.broker.config import BrokerConfig
     from csvfast.broker.master import create_master
 
-    loaded = BrokerConfig.load(config)
+    loaded = BrokerConfig.load(directory_of(config))
     table = _master_table(master, secret_file, secret_variable, pkcs11_module, pkcs11_token, pkcs11_key, new_name)
     store = open_store(loaded)
     try:

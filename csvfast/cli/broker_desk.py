@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, cast
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Final, cast
 
 import typer
 
@@ -15,16 +16,19 @@ from csvfast.cli.common import CommandError
 
 if TYPE_CHECKING:
     from csvfast.broker.administration import Administration
+    from csvfast.broker.clients.administration import KbsAdministration
     from csvfast.broker.config import BrokerConfig
     from csvfast.broker.model import ResourcePath
     from csvfast.broker.store import Store
     from csvfast.crypto import Secret
 
 __all__ = [
+    "REMOTE",
     "Config",
     "Json",
     "Path_",
     "desk",
+    "directory_of",
     "moment",
     "open_store",
     "path_of",
@@ -34,8 +38,12 @@ __all__ = [
 ]
 
 Config = Annotated[
-    Path, typer.Option("--config", "-c", metavar="DIR", envvar="CSVFAST_BROKER", help="The broker's directory, or its TOML file.")
-]
+    str,
+    typer.Option(
+        "--config", "-c", metavar="DIR|URL", envvar="CSVFAST_BROKER",
+        help="The broker's directory or TOML file, for its owner; or https://HOST:PORT of its KBS door, with a token.",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Path_ = Annotated[str, typer.Argument(metavar="PATH", help="repository/type/tag, kbs:///..., or a key id below default/key.")]
 
@@ -50,9 +58,31 @@ def open_store(config: BrokerConfig) -> Store:
     return Store.open(config.store_url, open_master(config.master, base=config.base))
 
 
+@dataclass
+class Remote:
+    """How to administer a broker elsewhere; set by the options of `csvfast broker` itself."""
+
+    token_file: Path | None = None
+    ca: Path | None = None
+
+
+REMOTE: Final = Remote()
+
+
+def directory_of(config: str) -> Path:
+    """The directory or file of a broker on this machine. CommandError for a URL."""
+    if "://" in config:
+        raise CommandError(f"--config {config}: this needs the broker's directory")
+    return Path(config)
+
+
 @contextmanager
-def desk(config: Path) -> Iterator[Administration]:
-    """Administration of a broker by its owner, beside the running broker or without it."""
+def desk(config: str) -> Iterator[Administration | KbsAdministration]:
+    """Administration of a broker: by its owner, beside the running broker or without it, or through its KBS door."""
+    if "://" in config:
+        with _remote(config) as remote:
+            yield remote
+        return
     from csvfast.broker.administration import Administration
     from csvfast.broker.config import BrokerConfig
 
@@ -61,6 +91,21 @@ def desk(config: Path) -> Iterator[Administration]:
         yield Administration(store)
     finally:
         store.close()
+
+
+def _remote(url: str) -> KbsAdministration:
+    from csvfast.broker.clients.administration import KbsAdministration
+    from csvfast.broker.clients.http import Tls
+    from csvfast.certs.private import read_private_file
+    from csvfast.crypto import Secret
+
+    if REMOTE.token_file is None:
+        raise CommandError("--config with a URL needs `csvfast broker --token-file FILE ...`, or CSVFAST_BROKER_TOKEN_FILE")
+    path = REMOTE.token_file
+    token = bytes(read_private_file(path.parent, path.name, 16 << 10)).strip()
+    if not token:
+        raise CommandError(f"{path}: empty; expected a token")
+    return KbsAdministration(url, Secret(token), tls=Tls(ca=REMOTE.ca))
 
 
 def path_of(text: str) -> ResourcePath:
