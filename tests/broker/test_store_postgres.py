@@ -15,7 +15,7 @@ from broker.stores import PATH, record
 
 from csvfast.broker.master import FileMaster
 from csvfast.broker.store import Job, Store
-from csvfast.errors import ArgumentError, StateError, UnavailableError
+from csvfast.errors import StateError, UnavailableError
 
 
 @pytest.fixture
@@ -176,9 +176,3 @@ def test_a_server_that_is_not_there(postgres: PostgresCluster, postgres_url: str
     assert "notthis" not in str(caught.value)
     with pytest.raises(StateError, match="no store"):
         Store.open(postgres_url, FileMaster(master_file))
-
-
-@pytest.mark.parametrize("url", ["mysql://user@host/name", "nonsense", "sqlite://", "sqlite:///:memory:", "http://x"])
-def test_other_databases_are_refused(url: str, master_file: Path) -> None:
-    with pytest.raises(ArgumentError):
-        Store.open(url, FileMaster(master_file), create=True)

@@ -31,7 +31,7 @@ from csvfast.broker.store import schema
 from csvfast.broker.store.audit import HEAD_RECORDS, HEAD_SECONDS, AuditRecord, canonical, sign_head, verify_head
 from csvfast.broker.store.database import Database, describe
 from csvfast.crypto import SM2PrivateKey, sm3
-from csvfast.errors import ConflictError, CsvfastError, LimitedError, StaleGenerationError, UnavailableError
+from csvfast.errors import ConflictError, InternalError, LimitedError, StaleGenerationError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,7 +130,9 @@ class Committer:
         return future
 
     def run(self, job: Job[T]) -> T:
-        """Queues a job and waits for it. Raises what it fails with. Not for event loops."""
+        """Queues a job and waits for it. Raises what it fails with. Not for event loops, nor from within a job."""
+        if threading.current_thread() is self._thread:
+            raise InternalError("a job waits for another job of the same thread")
         return self.submit(job).result()
 
     async def commit(self, job: Job[T]) -> T:
@@ -373,8 +375,6 @@ def _applied(connection: Connection, waiter: _Waiter) -> bool:
         connection.exec_driver_sql("RELEASE SAVEPOINT job")
         waiter.value = None
         waiter.error = ConflictError(f"the database refuses it: {describe(error)}") if isinstance(error, DBAPIError) else error
-        if not isinstance(error, (CsvfastError, DBAPIError)):
-            _log.exception("a job failed")
         return False
     connection.exec_driver_sql("RELEASE SAVEPOINT job")
     return True

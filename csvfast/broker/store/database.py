@@ -303,6 +303,7 @@ def _postgres(url: Any, *, read_only: bool = False, **engine: Any) -> Engine:
             fsync = cursor.fetchone()[0]
         connection.commit()
         if fsync != "on":
+            connection.close()
             raise StateError("PostgreSQL runs with fsync=off: a commit would not be on disk")
 
     if not read_only:
