@@ -154,6 +154,9 @@ class HttpConnection:
         else:
             self.close()
             raise RequestError(f"answer of more than {limit} bytes")
+        if response.length:
+            # http.client says nothing about it when a body is read in pieces, and the beginning of a key is no key.
+            raise ConnectionAbortedError(f"the answer was cut off, {response.length} bytes are missing")
         found = {name.lower(): value for name, value in response.getheaders()}
         if response.will_close:
             self.close()

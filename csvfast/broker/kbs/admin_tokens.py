@@ -18,7 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from joserfc import jws
-from joserfc.errors import JoseError
+from joserfc.errors import JoseError, UnsupportedAlgorithmError
 from joserfc.jwk import ECKey, OKPKey
 
 from csvfast.broker.administration import ROLES, Administrator
@@ -37,8 +37,15 @@ class _Registry(jws.JWSRegistry):
     max_header_length = 4096
     max_payload_length = _TOKEN_LIMIT
 
+    def get_alg(self, name: str) -> Any:
+        """One of ours. joserfc would warn that EdDSA is deprecated; CoCo's client has no other."""
+        if name not in _ALGORITHMS or name not in self.algorithms:
+            raise UnsupportedAlgorithmError(name)
+        return self.algorithms[name]
 
-_REGISTRY: Final = _Registry(algorithms=["EdDSA", "ES256"], strict_check_header=False)
+
+_ALGORITHMS: Final = {"ES256": "ES256", "EdDSA": "Ed25519", "Ed25519": "Ed25519"}  # of the token -> of the key (RFC 9864)
+_REGISTRY: Final = _Registry(algorithms=list(_ALGORITHMS), strict_check_header=False)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class AdministratorKey:
         except (ValueError, UnsupportedAlgorithm):
             raise ArgumentError(f"administrator's key {self.name}: no public key in PEM") from None
         if isinstance(key, ed25519.Ed25519PublicKey):
-            return OKPKey.import_key(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)), "EdDSA"
+            return OKPKey.import_key(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)), "Ed25519"
         if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
             return ECKey.import_key(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)), "ES256"
         raise ArgumentError(f"administrator's key {self.name}: expected Ed25519 or P-256")
@@ -94,7 +101,7 @@ class AdministratorTokens:
         for key, public, algorithm in self._keys:
             try:
                 found = jws.deserialize_compact(token, public, registry=_REGISTRY)
-                if found.headers().get("alg") != algorithm or "crit" in found.headers():
+                if _ALGORITHMS.get(str(found.headers().get("alg"))) != algorithm or "crit" in found.headers():
                     continue
                 claims = loads(found.payload, "administrator's token", limit=_TOKEN_LIMIT)
             except (JoseError, RequestError, ValueError):

@@ -263,6 +263,8 @@ class Endpoint:
             return
         except (KbsError, CsvfastError) as error:
             outcome = outcome_of(error)
+            if isinstance(error, (KbsError, DeniedError)):
+                correlation = error.correlation or correlation  # the one that is on record
             reply = self.answer(error, correlation)
             fields = {"action": self._action, "correlation": correlation, "outcome": outcome, "error": _reason(error)}
             event(_log, logging.INFO, "refused", **fields)

@@ -36,6 +36,10 @@ __all__ = ["ConnectionTable", "HttpLimits", "KbsProtocol"]
 _PIPELINED: Final = 16
 _LINGER_SECONDS: Final = 2.0
 _REASONS: Final = {400: b"Bad Request", 413: b"Content Too Large", 431: b"Request Header Fields Too Large"}
+_REFUSAL: Final = (
+    b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nx-csvfast-correlation: %b\r\n"
+    b"connection: close\r\n\r\n%b"
+)
 _log: Final = logging.getLogger(__name__)
 
 
@@ -313,8 +317,7 @@ class KbsProtocol(HttpToolsProtocol, Connection):
                 self.transport.abort()
                 return
         body = KbsError("HTTPFailed", detail, correlation, status=status).body
-        head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % (status, _REASONS[status], len(body)) + body)
+        self.transport.write(_REFUSAL % (status, _REASONS[status], len(body), correlation.encode("ascii"), body))
         if self.transport.can_write_eof():
             # Closing now would reset the connection while the peer is still sending, and it would not see the answer.
             self.transport.write_eof()
