@@ -27,6 +27,14 @@ from csvfast.report.evidence import Evidence, read_evidence
 from csvfast.report.layout import Report
 from csvfast.report.policy import GuestPolicy
 from csvfast.report.request import ReportRequest
+from fuzz.kbs_targets import (
+    JsonInputTarget,
+    JweTarget,
+    JwkTarget,
+    RcarTarget,
+    ResourcePathTarget,
+    TokenTarget,
+)
 from fuzz.keyprovider_targets import KeyProviderTarget, KeyringTarget, PacketTarget, ParametersTarget
 from fuzz.mailbox_targets import MailboxCsv3Target, MailboxTarget
 from fuzz.policy_targets import ReferenceMessageTarget, RulesTarget
@@ -352,4 +360,10 @@ TARGETS: dict[str, type[Target]] = {
     "keyprovider-packet": PacketTarget,
     "keyprovider-parameters": ParametersTarget,
     "openpgp-keyring": KeyringTarget,
+    "json-input": JsonInputTarget,
+    "kbs-jwk": JwkTarget,
+    "kbs-jwe": JweTarget,
+    "kbs-token": TokenTarget,
+    "kbs-body": RcarTarget,
+    "kbs-path": ResourcePathTarget,
 }
