@@ -274,7 +274,7 @@ def test_both_spellings_and_all_kid_forms(algorithm: str, kid: str, path: str) -
     "changes",
     [
         {"algorithm": "A256CTR"}, {"algorithm": "aes"}, {"key_length": 128}, {"iv": bytes(16)}, {"iv": b""}, {"iv": "x"},
-        {"encrypted_data": bytes(15)}, {"encrypted_data": "%%%%"}, {"encrypted_data": bytes(BLOB_BYTES + 3)},
+        {"encrypted_data": bytes(16)}, {"encrypted_data": "%%%%"}, {"encrypted_data": bytes(BLOB_BYTES + 3)},
         {"kid": "../../etc/passwd"}, {"kid": ""}, {"kid": "a/b"}, {"encrypted_data": "\N{GRINNING FACE}" * 32},
     ],
 )  # fmt: skip

@@ -367,8 +367,8 @@ def check_blob(blob: Blob) -> OpenedBlob:
     ciphertext, nonce = _decoded(blob.encrypted_data, "encrypted_data"), _decoded(blob.iv, "iv")
     if len(nonce) != _NONCE_BYTES:
         raise RequestError(f"iv: {len(nonce)} bytes; expected {_NONCE_BYTES}")
-    if len(ciphertext) < _TAG_BYTES:
-        raise RequestError(f"encrypted_data: {len(ciphertext)} bytes; expected {_TAG_BYTES} or more: ciphertext, then a tag")
+    if len(ciphertext) <= _TAG_BYTES:
+        raise RequestError(f"encrypted_data: {len(ciphertext)} bytes; expected more than {_TAG_BYTES}: ciphertext, then a tag")
     return OpenedBlob(path, ciphertext, nonce)
 
 
