@@ -30,6 +30,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -108,11 +109,12 @@ class AttestedServer:
         self._handler: Final = handler
         self._on_refusal: Final = on_refusal
         self._handshakes: OrderedDict[Link, None] = OrderedDict()
+        self._queued: OrderedDict[Link, None] = OrderedDict()  # for a judge's thread
         self._judging: OrderedDict[Link, None] = OrderedDict()
         self._silent: OrderedDict[Link, None] = OrderedDict()
         self._active: OrderedDict[Link, None] = OrderedDict()
         self._closing: OrderedDict[Link, None] = OrderedDict()
-        self._tables: Final = (self._handshakes, self._judging, self._silent, self._active, self._closing)
+        self._tables: Final = (self._handshakes, self._queued, self._judging, self._silent, self._active, self._closing)
         self._tasks: set[asyncio.Task[None]] = set()
         self._judgements: set[asyncio.Future[Judgement | AttestedTlsError]] = set()
         self._servers: list[asyncio.Server] = []
@@ -140,8 +142,14 @@ class AttestedServer:
 
     def stats(self) -> dict[str, int]:
         """Connections now: handshakes, judging, silent, active, closing; peers so far: accepted, refused."""
-        names = ("handshakes", "judging", "silent", "active", "closing")
-        return {name: len(table) for name, table in zip(names, self._tables, strict=True)} | self._counts
+        counts = {
+            "handshakes": len(self._handshakes),
+            "judging": len(self._queued) + len(self._judging),
+            "silent": len(self._silent),
+            "active": len(self._active),
+            "closing": len(self._closing),
+        }
+        return counts | self._counts
 
     async def close(self) -> None:
         """Stops listening, cancels the handlers, ends every connection with close_notify."""
@@ -166,7 +174,7 @@ class AttestedServer:
         if self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
-        for future in self._judgements:
+        for future in tuple(self._judgements):
             future.cancel()
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
@@ -207,22 +215,36 @@ class AttestedServer:
         if sum(map(len, self._tables)) <= limits.connections:
             return
         text = f"closed for a newer one: {limits.connections} connections at once"
-        if self._closing:
-            next(iter(self._closing)).transport.abort()
-        elif self._silent:
+        if self._silent:
             next(iter(self._silent)).fail(AttestedTlsError("deadline", text))
+        elif self._closing:
+            next(iter(self._closing)).transport.abort()
         else:
             next(iter(self._handshakes)).fail(AttestedTlsError("deadline", text))
 
     def judge_elsewhere(self, link: Link) -> None:
         """A link's peer is to be judged by a judge that may wait."""
-        self._move(link, self._judging)
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self.limits.judges, "csvfast-judge")
-        future = self._loop.run_in_executor(self._executor, _outcome, link.connection.judging())
-        self._judgements.add(future)
-        future.add_done_callback(self._judgements.discard)
-        future.add_done_callback(lambda done: None if done.cancelled() else link.settle(_result(done)))
+        self._move(link, self._queued)
+        self._judge_next()
+
+    def _judge_next(self) -> None:
+        # The queue is ours and not the executor's, so that links whose time is over leave it.
+        while self._queued and len(self._judgements) < self.limits.judges:
+            link = next(iter(self._queued))
+            since = link.since
+            self._move(link, self._judging)
+            link.since = since
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(self.limits.judges, "csvfast-judge")
+            future = self._loop.run_in_executor(self._executor, _outcome, link.connection.judging())
+            self._judgements.add(future)
+            future.add_done_callback(partial(self._judged, link))
+
+    def _judged(self, link: Link, done: asyncio.Future[Judgement | AttestedTlsError]) -> None:
+        self._judgements.discard(done)
+        if not done.cancelled():
+            link.settle(_result(done))
+            self._judge_next()
 
     def accepted(self, link: Link) -> None:
         """A link's peer may speak."""
@@ -276,7 +298,7 @@ class AttestedServer:
 
     def _sweep(self) -> None:
         now, limits = self._loop.time(), self.limits
-        for table, what in ((self._handshakes, "handshake"), (self._judging, "judgement")):
+        for table, what in ((self._handshakes, "handshake"), (self._queued, "judgement"), (self._judging, "judgement")):
             for link in _expired(table, now - limits.handshake_seconds):
                 link.fail(AttestedTlsError("deadline", f"no complete {what} within {limits.handshake_seconds:g} seconds"))
         for table in (self._silent, self._active):

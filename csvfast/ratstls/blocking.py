@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from csvfast.errors import AttestedTlsError
-from csvfast.ratstls.connection import RECORD_BYTES, AttestedConnection
+from csvfast.ratstls.connection import RECORD_BYTES, AttestedConnection, shown_address
 from csvfast.ratstls.context import EndpointContext, Identity, TlsOptions
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class BlockingStream:
                 self._fill()
             self._flush()
             self.peer: Final[Peer] = self._connection.judge()
+            if self._left() == 0:  # a judge cannot be interrupted, but what it says can come too late
+                self._broken(TimeoutError())
         except BaseException as error:
             if isinstance(error, AttestedTlsError):
                 self._connection.abort(error)
@@ -97,9 +99,12 @@ class BlockingStream:
     def _start_clock(self) -> None:
         self._deadline = None if self.timeout is None else time.monotonic() + self.timeout
 
+    def _left(self) -> float | None:
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
+
     def _set_timeout(self) -> None:
-        left = None if self._deadline is None else self._deadline - time.monotonic()
-        if left is not None and left <= 0:
+        left = self._left()
+        if left == 0:
             raise TimeoutError
         self._socket.settimeout(left)
 
@@ -123,7 +128,7 @@ class BlockingStream:
         except OSError as error:
             self._broken(error)
 
-    def _broken(self, error: OSError) -> None:
+    def _broken(self, error: OSError) -> NoReturn:
         if isinstance(error, TimeoutError):
             failure = AttestedTlsError("deadline", f"the peer did nothing in time ({self._connection.state})")
         else:
@@ -290,6 +295,4 @@ def _address(raw: socket.socket) -> str:
         name = raw.getpeername()
     except OSError:
         return "gone"
-    if isinstance(name, tuple):
-        return f"[{name[0]}]:{name[1]}" if ":" in str(name[0]) else f"{name[0]}:{name[1]}"
-    return "unix socket"
+    return shown_address(name)

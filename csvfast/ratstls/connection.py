@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from csvfast.ratstls.certificate import AttestedCertificate
     from csvfast.ratstls.context import EndpointContext
 
-__all__ = ["HANDSHAKE_LIMIT", "RECORD_BYTES", "AttestedConnection", "State", "octets"]
+__all__ = ["HANDSHAKE_LIMIT", "RECORD_BYTES", "AttestedConnection", "State", "octets", "shown_address"]
 
 State = Literal["handshake", "judging", "open", "closed"]
 
@@ -259,6 +259,13 @@ class AttestedConnection:
 def octets(data: BytesLike) -> bytes | memoryview:
     """`data` as something of which a piece can be taken and whose length is its number of bytes. No copy."""
     return data if isinstance(data, bytes) else memoryview(data).cast("B")  # type: ignore[arg-type]  # numpy's arrays are buffers
+
+
+def shown_address(name: object) -> str:
+    """A socket's peer name for logs: host:port, [host]:port with IPv6, or that it is a Unix socket."""
+    if isinstance(name, tuple):
+        return f"[{name[0]}]:{name[1]}" if ":" in str(name[0]) else f"{name[0]}:{name[1]}"
+    return "unix socket"
 
 
 def _told(error: SSL.Error) -> str:

@@ -13,7 +13,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final, Protocol
 
 from csvfast.errors import AttestedTlsError
-from csvfast.ratstls.connection import AttestedConnection, octets
+from csvfast.ratstls.connection import AttestedConnection, octets, shown_address
 
 if TYPE_CHECKING:
     from collections import OrderedDict
@@ -144,7 +144,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         self.transport = transport  # type: ignore[assignment]  # of a stream socket
-        self.connection = AttestedConnection(self._context, _address(transport))
+        self.connection = AttestedConnection(self._context, shown_address(transport.get_extra_info("peername")))
         self._owner.connected(self)
         if not self._context.is_server:
             self._advance()
@@ -318,10 +318,3 @@ class Link(asyncio.Protocol):
         if self._paused and not self.is_full and self._unread <= _UNREAD_LIMIT and not self.transport.is_closing():
             self._paused = False
             self.transport.resume_reading()
-
-
-def _address(transport: asyncio.BaseTransport) -> str:
-    name = transport.get_extra_info("peername")
-    if isinstance(name, tuple):
-        return f"[{name[0]}]:{name[1]}" if ":" in str(name[0]) else f"{name[0]}:{name[1]}"
-    return "unix socket"

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from attest.simulated_evidence import Platform
-from ratstls.simulated_peers import attested, guest, plain
+from ratstls.simulated_peers import POLICY, attested, guest, plain
 
 from csvfast.errors import AttestedTlsError
 from csvfast.ratstls.asynchronous import AttestedServer
 from csvfast.ratstls.blocking import BlockingServer, BlockingStream, connect
 from csvfast.ratstls.context import EndpointContext
-from csvfast.ratstls.peer import Requirement
+from csvfast.ratstls.peer import PolicyJudge, Requirement
 from csvfast.ratstls.stream import Stream
 
 ANYBODY = Requirement.unattested()
@@ -147,6 +147,20 @@ def test_a_server_that_drips(platform: Platform) -> None:
             connect(listener.getsockname(), guest(platform), ANYBODY, timeout=0.3)
         assert time.monotonic() - start < 2
         thread.join()
+
+
+def test_a_judgement_that_comes_too_late(platform: Platform) -> None:
+    class Slow(PolicyJudge):
+        def verify(self, certificate: Any) -> Any:
+            time.sleep(0.4)
+            return super().verify(certificate)
+
+    requirement = Requirement.attested(Slow(platform.roots, POLICY))
+    with BlockingServer(("127.0.0.1", 0), guest(platform), ANYBODY, echo) as server:
+        with pytest.raises(AttestedTlsError) as info:
+            connect(server.address, plain(), requirement, timeout=0.3)
+        assert info.value.stage == "deadline"
+        connect(server.address, plain(), requirement, timeout=5).close()
 
 
 def test_idle(server: BlockingServer, platform: Platform) -> None:

@@ -306,6 +306,81 @@ def test_a_peer_that_reads_nothing() -> None:
     assert [error.stage for error in errors] == ["deadline"]
 
 
+def test_a_peer_that_is_gone() -> None:
+    errors = []
+
+    async def handler(stream: Stream) -> None:
+        await stream.receive()
+        await asyncio.sleep(0.3)
+        try:
+            for _ in range(3):
+                await stream.send(bytes(100_000))
+                await asyncio.sleep(0.05)
+        except AttestedTlsError as error:
+            errors.append(error)
+            raise
+
+    async def main() -> None:
+        async with serving(handler) as (server, address, _, _):
+            stream = await open_connection(address, GUEST, ANYBODY)
+            await stream.send(b"x")
+            await asyncio.sleep(0.1)
+            stream._link.transport.abort()
+            await until(lambda: bool(errors))
+            await until(lambda: sum(server.stats()[name] for name in ("active", "closing")) == 0)
+
+    asyncio.run(main())
+    assert [error.stage for error in errors] == ["closed"]
+
+
+def test_judges_that_never_end() -> None:
+    """The time of a judgement is limited, and closing the server does not wait for it."""
+    import threading
+
+    from csvfast.ratstls.peer import PolicyJudge
+
+    go = threading.Event()
+
+    class Stuck(PolicyJudge):
+        @property
+        def blocking(self) -> bool:
+            return True
+
+        def verify(self, certificate: Any) -> Any:
+            go.wait(20)
+            return super().verify(certificate)
+
+    refusals = []
+
+    async def main() -> None:
+        from ratstls.simulated_peers import POLICY
+
+        server = AttestedServer(
+            plain(), Requirement.attested(Stuck(PLATFORM.roots, POLICY)), echo,
+            limits=ConnectionLimits(handshake_seconds=0.3, judges=1), on_refusal=lambda *what: refusals.append(what),
+        )  # fmt: skip
+        async with asyncio.timeout(10), server:
+            address = await server.serve("127.0.0.1", 0)
+            streams = [await open_connection(address, GUEST, ANYBODY) for _ in range(3)]
+            for stream in streams:
+                assert await stream.receive() == b""
+                stream.close()
+            assert [error.stage for _, error, _ in refusals] == ["deadline"] * 3
+            assert all(certificate is not None for _, _, certificate in refusals)
+            assert server.stats()["judging"] == 0  # those that waited for their turn wait no more
+            go.set()
+            await until(lambda: not server._judgements)
+            await is_served(address)
+            go.clear()
+            last = await open_connection(address, GUEST, ANYBODY)
+            await until(lambda: server.stats()["judging"] == 1)
+            last.close()
+        go.set()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(main())
+
+
 # ---- Bytes
 
 
@@ -408,16 +483,20 @@ def test_garbage_after_the_connection_is_open(garbage: bytes) -> None:
     assert server.state == "closed"
 
 
-def test_a_long_chain_of_certificates() -> None:
-    """The bytes of a handshake are limited, whatever they are."""
+def client_with_a_chain(length: int) -> EndpointContext:
     from cryptography import x509
 
     context = EndpointContext.client(GUEST, ANYBODY)
     context.context._used = False
     extra = x509.load_der_x509_certificate(GUEST.certificate)
-    for _ in range(30):
+    for _ in range(length):
         context.context.add_extra_chain_cert(extra)
-    server, client = AttestedConnection(SERVER_CONTEXT), AttestedConnection(context)
+    return context
+
+
+def test_a_long_chain_of_certificates() -> None:
+    """The bytes of a handshake are limited, whatever they are."""
+    server, client = AttestedConnection(SERVER_CONTEXT), AttestedConnection(client_with_a_chain(30))
     client.advance()
     server.feed(client.outgoing())
     server.advance()
@@ -425,6 +504,19 @@ def test_a_long_chain_of_certificates() -> None:
     client.advance()
     with pytest.raises(AttestedTlsError, match="at most"):
         server.feed(client.outgoing())
+
+
+def test_a_long_chain_of_certificates_over_sockets() -> None:
+    async def main() -> None:
+        async with serving() as (_, address, _, refusals):
+            stream = await open_connection(address, None, ANYBODY, context=client_with_a_chain(30))
+            with contextlib.suppress(AttestedTlsError):
+                await stream.receive()
+            stream.close()
+            assert [error.stage for _, error, _ in refusals] == ["handshake"]
+            await is_served(address)
+
+    asyncio.run(main())
 
 
 def test_a_certificate_that_is_too_large() -> None:
