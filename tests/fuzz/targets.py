@@ -40,6 +40,7 @@ from fuzz.mailbox_targets import MailboxCsv3Target, MailboxTarget
 from fuzz.policy_targets import ReferenceMessageTarget, RulesTarget
 from fuzz.ratstls_targets import RatsTlsCertificateTarget, RatsTlsClaimsTarget, RatsTlsEvidenceTarget
 from fuzz.target import CHIP, LINE, MIB, Target, platform
+from fuzz.verdictd_targets import VerdictdReplyTarget, VerdictdRequestTarget
 
 __all__ = ["TARGETS", "Target"]
 
@@ -366,4 +367,6 @@ TARGETS: dict[str, type[Target]] = {
     "kbs-token": TokenTarget,
     "kbs-body": RcarTarget,
     "kbs-path": ResourcePathTarget,
+    "verdictd-request": VerdictdRequestTarget,
+    "verdictd-reply": VerdictdReplyTarget,
 }
