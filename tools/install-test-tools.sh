@@ -112,6 +112,7 @@ need llvm-symbolizer llvm
 need valgrind valgrind
 need veritysetup cryptsetup-bin
 need openssl openssl
+need gpg gnupg
 need pkg-config pkg-config
 need objdump binutils
 # Debian keeps PostgreSQL's server programs outside PATH.

@@ -6,15 +6,19 @@ A line whose comment begins with the name of an exception must raise it.
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from broker.simulated_guest import SimulatedMachine
 from reference import ovmf_images as ovmf
 
 import csvfast
+from csvfast.attest import AppraisalPolicy
 from csvfast.certs import ManufacturingLine
 from csvfast.processor import Processor
+from csvfast.ratstls import BlockingServer, Identity, PolicyJudge, Requirement
 from csvfast.report import GuestPolicy, ReportRequest, read_evidence
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +59,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_readme(names: dict[str, Any]) -> None:
-    first, second = blocks("README.md")
+    first, second, third = blocks("README.md")
     exec(runnable(first), names)
     assert any(names["buffer"])
     # The page verifies a real report under Hygon's root; here it is a simulated one, under its own.
@@ -64,6 +68,27 @@ def test_readme(names: dict[str, Any]) -> None:
     exec(runnable(second.replace("verify(evidence, ", "verify(evidence, roots=roots, ")), names)
     assert names["verified"].complete
     assert names["handle"] == 1
+    attested_tls(third, names)
+
+
+def attested_tls(block: str, names: dict[str, Any]) -> None:
+    """A server that is attested and demands it, on a simulated chip instead of a real one, at an address of its own."""
+    Path("firmware").write_bytes(FIRMWARE)
+    received: list[bytes] = []
+    with SimulatedMachine() as machine:
+        guest = machine.launch(Path("firmware"))
+        names |= {"attester": guest, "hygon_root": lambda: machine.chip.root, "AppraisalPolicy": AppraisalPolicy}
+        judge = PolicyJudge(machine.roots, AppraisalPolicy.load("policy.toml"))
+        identity = Identity.create(guest)
+        with BlockingServer(
+            ("127.0.0.1", 0), identity, Requirement.attested(judge), lambda stream: received.append(stream.receive())
+        ) as server:
+            assert '("broker.example", 1234)' in block
+            exec(block.replace('("broker.example", 1234)', repr(server.address)), names)
+            until = time.monotonic() + 10
+            while not received and time.monotonic() < until:
+                time.sleep(0.01)
+    assert received == [b"both sides have proved what they are before this byte"]
 
 
 def simulated_evidence() -> dict[str, Any]:
