@@ -58,6 +58,7 @@ class BrokerProcess:
         machine     whose chip's root is trusted
         url         of the store; None: SQLite in the directory
         limits      table of the configuration
+        log         file for its standard error; None: beside the directory
         like        another broker whose store and master key this one shares
     """
 
@@ -68,11 +69,12 @@ class BrokerProcess:
         *,
         url: str | None = None,
         limits: str = PLENTY,
+        log: Path | None = None,
         like: BrokerProcess | None = None,
     ) -> None:
         self.directory: Final = directory
         self.configuration: Final = directory / "broker.toml"
-        self.log: Final = directory.parent / f"{directory.name}.log"
+        self.log: Final = log or directory.parent / f"{directory.name}.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.doors: dict[str, str] = {}
         self.seconds_to_start = 0.0
