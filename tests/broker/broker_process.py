@@ -36,6 +36,7 @@ from csvfast.broker.master import open_master
 from csvfast.broker.model import ResourcePath
 from csvfast.broker.store import AuditRecord, Store
 from csvfast.cli import main
+from csvfast.errors import AttestedTlsError
 from csvfast.ratstls import blocking
 from csvfast.ratstls.certificate import attest_certificate
 from csvfast.ratstls.context import EndpointContext, Identity, TlsOptions
@@ -268,7 +269,7 @@ class HttpAdministrator:
     def put_reference(self, name: str, values: list[Any]) -> None:
         body = json.dumps({"values": values, "expires": None}).encode()
         answer = self.request("PUT", f"/csvfast/v0/references/{name}", body)
-        assert answer.status == 200, answer
+        assert answer.status == 204, answer
 
     def request(self, method: str, path: str, body: bytes | None = None) -> Answer:
         return self.http.request(method, path, body, self.headers, repeatable=False)
@@ -305,8 +306,11 @@ class VerdictdGuest:
         )
 
     def ask(self, command: str, **members: Any) -> Any:
-        """Out: the reply's JSON."""
-        return json.loads(self.raw(json.dumps({"command": command, **members}).encode()))
+        """Out: the reply's JSON. AttestedTlsError: the broker has closed the connection instead."""
+        reply = self.raw(json.dumps({"command": command, **members}).encode())
+        if not reply:
+            raise AttestedTlsError("closed", "closed instead of a reply")
+        return json.loads(reply)
 
     def raw(self, request: bytes) -> bytes:
         """Out: the reply; b"" when the broker has closed the connection."""
