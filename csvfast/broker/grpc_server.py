@@ -361,8 +361,8 @@ def _options() -> list[tuple[str, Any]]:
         ("grpc.max_metadata_size", 2 * _TOKEN_LIMIT),
         ("grpc.absolute_max_metadata_size", 2 * _TOKEN_LIMIT),
         ("grpc.max_concurrent_streams", _CONCURRENT_STREAMS),
-        # No more than half of the descriptors: the other doors need some, too.
-        ("grpc.max_allowed_incoming_connections", max(64, min(_CONNECTIONS, files // 2))),
+        # No more than a fifth of the descriptors: the other doors need some, too.
+        ("grpc.max_allowed_incoming_connections", max(64, min(_CONNECTIONS, files // 5))),
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
         ("grpc.max_connection_idle_ms", 60_000),
         ("grpc.keepalive_time_ms", 60_000),

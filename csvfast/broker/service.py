@@ -28,7 +28,7 @@ from csvfast.broker.kbs.admin import Administrators
 from csvfast.broker.kbs.admin_tokens import AdministratorKey
 from csvfast.broker.kbs.app import KbsApp
 from csvfast.broker.kbs.ear import TokenIssuer
-from csvfast.broker.kbs.server import KbsServer, tls_context
+from csvfast.broker.kbs.server import HttpLimits, KbsServer, tls_context
 from csvfast.broker.keyprovider import KeyProvider
 from csvfast.broker.limits import Limits, LimitsConfig
 from csvfast.broker.logs import event
@@ -38,6 +38,7 @@ from csvfast.broker.verdictd import VerdictdDoor
 from csvfast.certs.private import read_private_file
 from csvfast.crypto import Secret
 from csvfast.errors import BrokerError, FormatError
+from csvfast.ratstls.asynchronous import ConnectionLimits, raise_open_file_limit
 from csvfast.ratstls.attester import DeviceAttester
 from csvfast.ratstls.certificate import attest_certificate
 from csvfast.ratstls.context import Identity
@@ -53,6 +54,9 @@ __all__ = ["Service", "run"]
 
 _log: Final = logging.getLogger(__name__)
 _LOOK_SECONDS: Final = 1.0
+_CONNECTIONS: Final = 4096  # of a door
+_DOORS: Final = len(Door) - 1  # all but the command line
+_RESERVED_FILES: Final = 64  # for the store and the doors themselves
 _PEM_LIMIT: Final = 64 << 10
 _TOKEN_KEY: Final = "token"  # noqa: S105 - the name of a key, not one
 
@@ -73,6 +77,8 @@ class Service:
         self.broker: Final = Broker(store, trust, limits)
         certificates, self._jwt_keys = _administrators(config)
         self.administration: Final = Administration(store, limits=limits, certificates=certificates)
+        # Each door makes room for newcomers when it is full, and must be full before descriptors run out.
+        self._connections: Final = max(64, min(_CONNECTIONS, (raise_open_file_limit() - _RESERVED_FILES) // _DOORS))
         self.addresses: Final[dict[str, str]] = {}
         """Where each door listens, once started."""
         self._stack = AsyncExitStack()
@@ -125,14 +131,24 @@ class Service:
             tls = None
         else:
             tls = tls_context(config.certificate, config.key, config.client_ca)
-        server = KbsServer(self._kbs, config.listen, tls=tls, insecure_http=config.insecure_http, metrics=self._kbs.metrics)
+        server = KbsServer(
+            self._kbs,
+            config.listen,
+            tls=tls,
+            insecure_http=config.insecure_http,
+            limits=HttpLimits(connections=self._connections),
+            metrics=self._kbs.metrics,
+        )
         await self._stack.enter_async_context(server)
         await self._beside(self._kbs.housekeeping())
         self.addresses[Door.KBS] = str(server.address)
 
     async def _open_verdictd(self, config: VerdictdConfig) -> None:
         identity = await asyncio.to_thread(_attested_identity, config) if config.attester == "device" else None
-        door = await self._stack.enter_async_context(VerdictdDoor(self.broker, config, identity=identity))
+        connections = ConnectionLimits(connections=self._connections)
+        door = await self._stack.enter_async_context(
+            VerdictdDoor(self.broker, config, identity=identity, connections=connections)
+        )
         self.addresses[Door.VERDICTD] = door.address
 
     async def _open_grpc(self, config: GrpcConfig, door: Door, handlers: Mapping[str, Handler], roles: frozenset[str]) -> None:
