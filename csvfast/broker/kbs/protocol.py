@@ -6,7 +6,8 @@
     idle      kept alive between requests: `idle_seconds`
 
 The server looks at all deadlines twice a second; no timer is set for a request. When the table is full, the oldest silent
-connection makes room, then the longest idle one: who sends a request at once is never kept out by those who do not.
+connection makes room, then the longest idle one, then the one that has been sending its body for the longest: who sends a
+request at once is never kept out by those who do not.
 
 Source: encode/uvicorn uvicorn/protocols/http/httptools_impl.py. Thread-safety: one event loop.
 """
@@ -90,16 +91,17 @@ class ConnectionTable:
         self._metrics = metrics
         self._silent: dict[Connection, None] = {}
         self._idle: dict[Connection, None] = {}
+        self._reading: dict[Connection, None] = {}
         self._busy: set[Connection] = set()
         metrics.watch_connections(door, lambda: len(self))
 
     def __len__(self) -> int:
-        return len(self._silent) + len(self._idle) + len(self._busy)
+        return len(self._silent) + len(self._idle) + len(self._reading) + len(self._busy)
 
     def admit(self, connection: Connection) -> bool:
         """A new connection, silent. False: there is no room, and nobody who could make some."""
         if len(self) >= self.limits.connections:
-            victims = self._silent or self._idle
+            victims = self._silent or self._idle or self._reading
             if not victims:
                 self.refused("table full")
                 return False
@@ -113,10 +115,14 @@ class ConnectionTable:
             self.forget(connection)
             self._silent[connection] = None
 
+    def reading(self, connection: Connection) -> None:
+        """Its request's head is complete, the body is not."""
+        self.forget(connection)
+        self._reading[connection] = None
+
     def busy(self, connection: Connection) -> None:
-        """Its request's head is complete."""
-        self._silent.pop(connection, None)
-        self._idle.pop(connection, None)
+        """Its request is complete."""
+        self._reading.pop(connection, None)
         self._busy.add(connection)
 
     def idle(self, connection: Connection) -> None:
@@ -128,6 +134,7 @@ class ConnectionTable:
         """It has gone."""
         self._silent.pop(connection, None)
         self._idle.pop(connection, None)
+        self._reading.pop(connection, None)
         self._busy.discard(connection)
 
     def close(self, connection: Connection, reason: str) -> None:
@@ -142,7 +149,7 @@ class ConnectionTable:
 
     def sweep(self, now: float) -> None:
         """Closes connections whose time is up."""
-        for group in (self._silent, self._busy, self._idle):
+        for group in (self._silent, self._reading, self._busy, self._idle):
             late = [connection for connection in group if connection.deadline <= now]
             for connection in late:
                 self.close(connection, "idle" if group is self._idle else "deadline")
@@ -239,7 +246,7 @@ class KbsProtocol(HttpToolsProtocol, Connection):
             return
         self._head_bytes, self._body_bytes = -1, 0
         self.deadline = self._time() + limits.body_seconds
-        self._table.busy(self)
+        self._table.reading(self)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -258,6 +265,7 @@ class KbsProtocol(HttpToolsProtocol, Connection):
             return
         self._head_bytes = 0
         if self._is_answering():
+            self._table.busy(self)
             self.deadline = float("inf")
         else:  # answered before its body was complete
             self._rest()
