@@ -25,11 +25,19 @@ if TYPE_CHECKING:
 __all__ = ["JsonFormatter", "event", "new_correlation", "set_up"]
 
 _VALUE_LIMIT: Final = 2000
+_AT_ONCE: Final = 256
+_correlations: Final[list[str]] = []
 
 
 def new_correlation() -> str:
-    """16 hexadecimal digits that link a peer's answer, the log and the audit record of one request."""
-    return secrets.token_hex(8)
+    """16 hexadecimal digits that link a peer's answer, the log and the audit record of one request. HOT."""
+    try:
+        return _correlations.pop()
+    except IndexError:
+        # Many at once: a system call for each would let other threads run each time. They are public, so they may lie about.
+        digits = secrets.token_hex(8 * _AT_ONCE)
+        _correlations.extend([digits[at : at + 16] for at in range(16, 16 * _AT_ONCE, 16)])
+        return digits[:16]
 
 
 class JsonFormatter(logging.Formatter):

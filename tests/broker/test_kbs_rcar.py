@@ -270,6 +270,22 @@ def test_brokers_on_one_store_share_sessions(
         assert wire.attest(b"{}")[1]["token"] == token
 
 
+def test_brokers_on_postgresql(
+    postgres_url: str, tmp_path: Path, machine: SimulatedMachine, guest: SimulatedGuest
+) -> None:
+    with KbsRig(tmp_path, machine.roots, url=postgres_url) as first, KbsRig(tmp_path, machine.roots, url=postgres_url) as second:
+        first.register(guest)
+        wire = Wire(first, guest)
+        wire.auth()
+        wire.rig = second
+        assert wire.attest()[0] == 200
+        wire.rig = first
+        assert wire.resource()[0] == 200
+        second.administration.delete_reference(LOCAL, "csv_measure")
+        refused(wire.resource(), "PolicyDeny")
+        assert first.store.verify_audit().intact
+
+
 def test_who_can_write_the_database_cannot_make_a_session(rig: KbsRig, guest: SimulatedGuest) -> None:
     from sqlalchemy import update
 

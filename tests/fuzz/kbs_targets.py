@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -30,7 +31,7 @@ NONCE = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 def text_of(error: Exception) -> str:
     """An error's words without numbers: a kind of answer."""
-    return "".join(character for character in str(error)[:60] if not character.isdigit())
+    return re.sub(r"\d+|'.*|\".*", "", str(error)[:60])
 
 
 class JsonInputTarget(Target):

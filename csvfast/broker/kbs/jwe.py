@@ -60,7 +60,8 @@ def seal_jwe(key: GuestKey, plaintext: bytes | Secret) -> bytes:
     In: plaintext   one byte or more
     """
     # Key encryption keys and content keys of one message: local to this call, and worthless once it was sent.
-    content_key = os.urandom(32)
+    random = os.urandom(44)  # one call: each lets other threads run
+    content_key, iv = random[:32], random[32:]
     public = key.public
     if isinstance(public, rsa.RSAPublicKey):
         header, encrypted_key = _RSA_HEADER, public.encrypt(content_key, _OAEP)
@@ -76,7 +77,6 @@ def seal_jwe(key: GuestKey, plaintext: bytes | Secret) -> bytes:
             _encode(point[1 + width :]),
         )
     protected = _encode(header)
-    iv = os.urandom(12)
     sealed = AESGCM(content_key).encrypt(iv, memoryview(plaintext), protected)
     return b'{"protected":"%b","encrypted_key":"%b","iv":"%b","ciphertext":"%b","tag":"%b"}' % (
         protected,

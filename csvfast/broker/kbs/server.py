@@ -3,19 +3,22 @@
 Without TLS it listens on loopback addresses and UNIX sockets alone, unless told otherwise. With TLS: 1.2 or newer, and a client
 certificate when a CA for them is given, which is optional for the peer and identifies administrators.
 
-Connections are counted from their first packet, TLS handshakes too: one table, whose oldest silent member makes room.
+Connections are counted from the moment they are accepted, TLS handshakes too: one table, whose oldest silent member makes room.
+The loops' own servers do not show a connection before its handshake is over, so connections are accepted here.
 
-Source: encode/uvicorn uvicorn/server.py; CPython Lib/asyncio/sslproto.py (start_tls). Thread-safety: one event loop.
+Source: encode/uvicorn uvicorn/server.py. Thread-safety: one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import ssl
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["HttpLimits", "KbsServer", "tls_context"]
 
 _SWEEP_SECONDS: Final = 0.5
+_SHUTDOWN_SECONDS: Final = 5.0
+_ACCEPT_PAUSE: Final = 0.05
 _BACKLOG: Final = 1024
 _log: Final = logging.getLogger(__name__)
 
@@ -90,7 +95,8 @@ class KbsServer:
         self.table: Final = ConnectionTable(self.limits, metrics or Metrics(), door)
         self._state = ServerState()
         self._config: Config | None = None
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
 
@@ -103,28 +109,25 @@ class KbsServer:
         )  # fmt: skip
         config.load()
         self._config = config
-        if self._requested.path is not None:
-            self._server = await loop.create_unix_server(self._accept, self._requested.path, backlog=_BACKLOG)
-            self._requested.path.chmod(0o600)
-        else:
-            host, port = self._requested.host, self._requested.port
-            self._server = await loop.create_server(self._accept, host, port, backlog=_BACKLOG)
+        self._listener = _listen(self._requested)
+        self._accepting = loop.create_task(self._accept(self._listener))
         self._sweeper = loop.create_task(self._sweep())
 
     @property
     def address(self) -> Address:
         """Where it listens, with the port that was found."""
-        if self._requested.path is not None or self._server is None:
+        if self._requested.path is not None or self._listener is None:
             return self._requested
-        name = self._server.sockets[0].getsockname()
+        name = self._listener.getsockname()
         return Address(name[0], name[1])
 
     async def stop(self, seconds: float = 5.0) -> None:
         """Takes no more connections, lets requests that are being answered finish, and closes. Idempotent."""
-        if self._server is None:
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
-        server, self._server = self._server, None
-        server.close()
+        await _cancel(self._accepting)
+        listener.close()
         for handshake in tuple(self._handshakes):
             handshake.cancel()
         for connection in tuple(self._state.connections):
@@ -137,10 +140,7 @@ class KbsServer:
             task.cancel()
         for open_connection in tuple(self._state.connections):
             open_connection.transport.abort()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._sweeper
+        await _cancel(self._sweeper)
         await asyncio.gather(*self._handshakes, *self._state.tasks, return_exceptions=True)
         await asyncio.sleep(0)  # connections that were aborted say so in the next round
         if self._requested.path is not None:
@@ -167,81 +167,76 @@ class KbsServer:
 
     # ---- New connections
 
-    def _protocol(self) -> KbsProtocol:
-        assert self._config is not None
-        return KbsProtocol(self._config, self._state, {}, self.table, asyncio.get_running_loop())
-
-    def _accept(self) -> asyncio.Protocol:
-        return _Admission(self)
-
-    def handshake(self, admission: _Admission, transport: asyncio.Transport) -> None:
-        """Begins TLS on a connection that was admitted."""
-        task = asyncio.get_running_loop().create_task(self._handshake(admission, transport))
-        self._handshakes.add(task)
-        task.add_done_callback(self._handshakes.discard)
-
-    async def _handshake(self, admission: _Admission, transport: asyncio.Transport) -> None:
-        assert self._tls is not None
-        protocol = self._protocol()
+    async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _address = await loop.sock_accept(listener)
+            except OSError as error:  # too many open files, or a peer that left while it waited
+                _log.warning("accept: %s", error.strerror)
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            connection.setblocking(False)
+            admission = _Admission(connection, loop.time() + self.limits.handshake_seconds)
+            if not self.table.admit(admission):
+                connection.close()
+                continue
+            task = loop.create_task(self._begin(admission, connection))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+
+    async def _begin(self, admission: _Admission, connection: socket.socket) -> None:
+        assert self._config is not None
+        loop = asyncio.get_running_loop()
+        protocol = KbsProtocol(self._config, self._state, {}, self.table, loop, admission)
+        patience = {} if self._tls is None else {
+            "ssl_handshake_timeout": self.limits.handshake_seconds, "ssl_shutdown_timeout": _SHUTDOWN_SECONDS,
+        }  # fmt: skip
         try:
-            secured = await loop.start_tls(
-                transport,
-                protocol,
-                self._tls,
-                server_side=True,
-                ssl_handshake_timeout=self.limits.handshake_seconds,
-                ssl_shutdown_timeout=5.0,
-            )
+            await loop.connect_accepted_socket(lambda: protocol, connection, ssl=self._tls, **patience)
         except (OSError, asyncio.CancelledError) as error:  # ssl.SSLError is an OSError
             self.table.forget(admission)
             self.table.refused("handshake")
             _log.debug("handshake: %s", error)
-            transport.abort()
-            return
-        if secured is None or secured.is_closing():
-            self.table.forget(admission)
-            return
-        self.table.forget(admission)
-        self.begin(protocol, secured)
-
-    def plain(self, transport: asyncio.Transport) -> KbsProtocol:
-        """Begins HTTP on a connection that was admitted."""
-        protocol = self._protocol()
-        self.begin(protocol, transport)
-        return protocol
-
-    def begin(self, protocol: KbsProtocol, transport: asyncio.Transport) -> None:
-        """HTTP from here on."""
-        self.table.silent(protocol)
-        transport.set_protocol(protocol)
-        protocol.connection_made(transport)
+            connection.close()
 
 
-class _Admission(asyncio.Protocol, Connection):
-    """A connection from its first packet until HTTP begins on it."""
+class _Admission(Connection):
+    """A connection between its acceptance and the first moment of HTTP on it."""
 
-    def __init__(self, server: KbsServer) -> None:
-        self._server = server
-        self._transport: asyncio.Transport | None = None
-        self.deadline = asyncio.get_running_loop().time() + server.limits.handshake_seconds
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its class
-        self._transport = transport
-        if not self._server.table.admit(self):
-            transport.abort()
-            return
-        if self._server._tls is None:
-            self._server.table.forget(self)
-            self._server.plain(transport)
-        else:
-            transport.pause_reading()  # nothing may be read before the TLS layer is there
-            self._server.handshake(self, transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        self._server.table.forget(self)
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection = connection
+        self.deadline = deadline
 
     def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        # The loop's transport owns the descriptor by now; it sees the end of the connection and closes.
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+
+def _listen(address: Address) -> socket.socket:
+    if address.path is not None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # Nobody else between bind and chmod.
+            before = os.umask(0o177)
+            try:
+                listener.bind(str(address.path))
+            finally:
+                os.umask(before)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    else:
+        family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        listener = socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+async def _cancel(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
