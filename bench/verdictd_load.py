@@ -67,7 +67,7 @@ def serve(directory: Path, url: str, core: int | None, profile: Path | None) -> 
     pin(core)
     platform = Platform()
     for index in range(GUESTS):
-        write_identity(directory / f"guest-{index}.pem", guest(platform))
+        write_identity(directory / f"guest-{index}.pem", guest(platform, mnonce=os.urandom(16)))
     write_identity(directory / "plain.pem", plain())
     limits = Limits(LimitsConfig(request_rate=0, release_rate=0, subject_rate=0, failures=0))
 

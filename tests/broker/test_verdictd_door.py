@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 from attest.simulated_evidence import MEASURE, Platform
-from broker.verdictd_rig import KEY, Rig, ask, ended
+from broker.verdictd_rig import KEY, Rig, ask, ended, new_guest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from OpenSSL import SSL
-from ratstls.simulated_peers import attested, guest, plain
+from ratstls.simulated_peers import attested, plain
 
 from csvfast.broker.administration import LOCAL
 from csvfast.broker.clients.verdictd import AsyncVerdictdClient, Blob
@@ -393,7 +393,7 @@ def test_older_versions_of_a_key_open_what_they_sealed(rig: Rig) -> None:
 def test_guests_that_are_refused(rig: Rig, changes: dict[str, Any], word: str) -> None:
     async def work() -> None:
         with pytest.raises((AttestedTlsError, OSError)):
-            async with rig.client(identity=guest(rig.platform, **changes)):
+            async with rig.client(identity=new_guest(rig.platform, **changes)):
                 pass
 
     rig.run(work)
@@ -406,7 +406,7 @@ def test_guests_that_are_refused(rig: Rig, changes: dict[str, Any], word: str) -
 
 def test_chips_of_somebody_else_and_guests_without_evidence(rig: Rig) -> None:
     async def work() -> None:
-        for identity in (guest(Platform()), plain()):
+        for identity in (new_guest(Platform()), plain()):
             with pytest.raises((AttestedTlsError, OSError)):
                 async with rig.client(identity=identity):
                     pass
@@ -477,6 +477,24 @@ def test_requests_are_limited(tmp_path: Path, platform: Platform) -> None:
         rig.converse(work)
 
 
+def test_a_client_that_is_told_to_wait_leaves_nothing_open(tmp_path: Path, platform: Platform) -> None:
+    with Rig(tmp_path, platform, limits={"request_rate": 0.01, "request_burst": 1}) as rig:
+
+        def threads() -> None:
+            with pytest.raises(LimitedError), rig.blocking_client():
+                pass
+
+        async def work() -> None:
+            async with rig.client():
+                pass
+            with pytest.raises(LimitedError):
+                async with rig.client():
+                    pass
+            await asyncio.to_thread(threads)
+
+        rig.run(work)
+
+
 # ---- Freshness
 
 
@@ -495,7 +513,7 @@ def test_a_challenge_is_answered_when_it_is_asked_for(tmp_path: Path, platform: 
             async with rig.client() as client:
                 assert bytes(await client.get_policy()) == b"{}"
                 assert [bytes(one) for one in await client.decrypt([blob()])] == [b"layer key"]
-            async with rig.client(attester=None, identity=guest(platform)) as client:
+            async with rig.client(attester=None, identity=new_guest(platform)) as client:
                 with pytest.raises(DeniedError) as refusal:
                     await client.get_kek("disk")
                 assert "fresh attestation required" in refusal.value.reason
@@ -535,7 +553,7 @@ def test_fresh_evidence_that_is_refused_ends_the_connection(tmp_path: Path, plat
     with Rig(tmp_path, platform) as rig:
 
         async def work() -> None:
-            client = rig.client(identity=guest(platform), attester=rig.attester(measure=bytes(32)))
+            client = rig.client(identity=new_guest(platform), attester=rig.attester(measure=bytes(32)))
             async with client:
                 assert (await client.get_kek("disk")).equals(KEY)
                 with pytest.raises(DeniedError) as refusal:
@@ -565,6 +583,58 @@ def test_an_answer_counts_for_a_while(tmp_path: Path, platform: Platform) -> Non
         rig.run(work)
 
 
+def test_judging_that_may_wait_has_a_thread(tmp_path: Path, platform: Platform) -> None:
+    with Rig(tmp_path, platform, config={"freshness": "challenge"}) as rig:
+        rig.broker._remote_store = True  # as with a database elsewhere
+        assert rig.broker.judge("verdictd").blocking
+        assert rig.converse(lambda client: client.get_kek("disk")).equals(KEY)
+
+        async def work() -> None:
+            with pytest.raises((AttestedTlsError, OSError)):
+                async with rig.client(identity=new_guest(platform, measure=bytes(32))):
+                    pass
+
+        rig.run(work)
+        assert "measure" in rig.records(outcome="denied")[0].reason
+
+
+def test_a_database_that_is_down_is_held_against_nobody(tmp_path: Path, platform: Platform) -> None:
+    with Rig(tmp_path, platform, limits={"failures": 1, "failure_window": 60.0}) as rig:
+
+        async def work() -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(rig.broker, "grounds", down)
+                with pytest.raises((AttestedTlsError, OSError)):
+                    async with rig.client():
+                        pass
+            async with rig.client() as client:
+                assert (await client.get_kek("disk")).equals(KEY)
+
+        def down(**_how: bool) -> None:
+            raise UnavailableError("the server is gone")
+
+        rig.run(work)
+        assert not rig.records(outcome="denied")
+
+
+def test_a_report_with_two_keys(rig: Rig) -> None:
+    """Nobody can make the second certificate; should a report ever verify with it, it is refused all the same."""
+    mnonce = os.urandom(16)
+
+    async def work() -> None:
+        first = new_guest(rig.platform, mnonce=mnonce)
+        for _ in range(2):
+            async with rig.client(identity=first) as client:
+                assert (await client.get_kek("disk")).equals(KEY)
+        with pytest.raises((AttestedTlsError, OSError)):
+            async with rig.client(identity=new_guest(rig.platform, mnonce=mnonce)):
+                pass
+
+    rig.run(work)
+    (record,) = rig.records(outcome="denied")
+    assert "another key" in record.reason
+
+
 # ---- Who the broker is
 
 
@@ -581,7 +651,7 @@ def test_another_broker_is_not_spoken_to(rig: Rig) -> None:
 
 
 def test_a_broker_that_is_a_guest_itself(tmp_path: Path, platform: Platform) -> None:
-    with Rig(tmp_path, platform, identity=guest(platform)) as rig:
+    with Rig(tmp_path, platform, identity=new_guest(platform)) as rig:
         assert (rig.converse(lambda client: client.get_kek("disk"), requirement=attested(platform))).equals(KEY)
 
 
@@ -652,7 +722,7 @@ def test_an_address_that_is_taken(rig: Rig) -> None:
 
 def test_tls_1_2_is_an_option(tmp_path: Path, platform: Platform) -> None:
     async def work() -> None:
-        identity = guest(platform)
+        identity = new_guest(platform)
         context = EndpointContext.client(identity, rig.pinned, TlsOptions("1.2"))
         context.context.set_max_proto_version(SSL.TLS1_2_VERSION)
         if not rig.config.tls12:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
@@ -98,7 +99,7 @@ class Rig:
         return Requirement.pinned({self.door.identity.key.spki_sha256})
 
     def attester(self, **changes: Any) -> SimulatedAttester:
-        return SimulatedAttester(self.platform, **changes)
+        return SimulatedAttester(self.platform, **({"mnonce": os.urandom(16)} | changes))
 
     def client(self, **arguments: Any) -> AsyncVerdictdClient:
         given = {"attester": self.attester(), "requirement": self.pinned} | arguments
@@ -111,7 +112,7 @@ class Rig:
     async def connect(self, identity: Identity | None = None, options: TlsOptions | None = None) -> Stream:
         """A guest's connection without a client's manners."""
         return await open_connection(
-            self.address, identity or guest(self.platform), self.pinned, options=options or TlsOptions()
+            self.address, identity or new_guest(self.platform), self.pinned, options=options or TlsOptions()
         )
 
     # ---- Afterwards
@@ -121,6 +122,11 @@ class Rig:
         self.store.committer.run(Job())
         found = [entry.record for entry in self.store.iterate_audit() if entry.record.door == "verdictd"]
         return [one for one in found if all(getattr(one, name) == value for name, value in members.items())]
+
+
+def new_guest(platform: Platform, **changes: Any) -> Identity:
+    """A guest's key and certificate; its report has a nonce of its own, as real ones have."""
+    return guest(platform, **({"mnonce": os.urandom(16)} | changes))
 
 
 async def ask(stream: Stream, request: bytes | dict[str, Any]) -> bytes:

@@ -229,7 +229,11 @@ class VerdictdClient(_Client):
         self._stream = connect(
             self._address, self._identity, self._requirement, timeout=self._timeout, idle=self._idle, context=context
         )
-        self._drive(self._steps.version())
+        try:
+            self._drive(self._steps.version())
+        except BaseException:
+            self.close()
+            raise
         return True
 
     def _drive(self, steps: Step[_T]) -> _T:
@@ -370,7 +374,11 @@ class AsyncVerdictdClient(_Client):
         self._stream = await open_connection(
             self._address, self._identity, self._requirement, timeout=self._timeout, context=context
         )
-        await self._drive(self._steps.version())
+        try:
+            await self._drive(self._steps.version())
+        except BaseException:
+            self.close()
+            raise
         return True
 
     async def _drive(self, steps: Step[_T]) -> _T:

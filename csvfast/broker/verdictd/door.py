@@ -6,6 +6,8 @@ A connection is one task. Its requests are answered one after the other, whateve
 a peer that does not read its replies stops itself. Connections that stay silent are AttestedServer's to end; a request that has
 begun must be complete within `request_seconds`, for which a timer is set only when it did not come in one piece.
 
+A report that was seen with one key is refused with another: its binding forbids that already, this does not depend on it.
+
 Refused guests are on record. Peers that went away or were sent away before they had been judged are not: health checks and port
 scanners do that all day, and the server's log has them.
 
@@ -29,21 +31,25 @@ from csvfast.errors import ArgumentError, AttestedTlsError, RequestError, StateE
 from csvfast.ratstls.asynchronous import AttestedServer, ConnectionLimits
 from csvfast.ratstls.certificate import make_certificate
 from csvfast.ratstls.context import Identity, TlsOptions
+from csvfast.ratstls.freshness import SeenReports
 from csvfast.ratstls.keys import TlsKey
 from csvfast.ratstls.peer import Requirement
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from csvfast.attest import Appraisal, Verified
     from csvfast.broker.config import VerdictdConfig
     from csvfast.broker.core import Broker
     from csvfast.ratstls.certificate import AttestedCertificate
+    from csvfast.ratstls.peer import Judge
     from csvfast.ratstls.stream import Stream
 
 __all__ = ["VerdictdDoor"]
 
 _log: Final = logging.getLogger(__name__)
 _READ: Final = 16384
+_TURN: Final = 16  # requests of one connection before others have their turn
 _DEFAULT_LIMITS: Final = ConnectionLimits()
 _RENEW_SECONDS: Final = 30 * 86400.0
 _KEY_FILE_LIMIT: Final = 64 << 10
@@ -88,7 +94,7 @@ class VerdictdDoor:
         """What guests see; they pin identity.key.spki_sha256."""
         self._request_bytes: Final = request_bytes
         self._request_seconds: Final = request_seconds
-        requirement = Requirement.attested(broker.judge(Door.VERDICTD))
+        requirement = Requirement.attested(_SeenJudge(broker.judge(Door.VERDICTD)))
         self._commands: Final = Commands(
             broker,
             requirement,
@@ -178,6 +184,7 @@ class VerdictdDoor:
     async def _converse(self, stream: Stream, guest: Guest) -> None:
         frames = JsonFrames(self._request_bytes)
         deadline: float | None = None
+        turn = 0
         while data := await self._receive(stream, deadline):
             frames.feed(data)
             answered = False
@@ -187,6 +194,9 @@ class VerdictdDoor:
                 await stream.send(reply)
                 if guest.is_over:
                     return
+                turn += 1
+                if turn % _TURN == 0:  # nothing above waits when all is at hand
+                    await asyncio.sleep(0)
             if answered and frames.is_empty:
                 deadline = None
             elif answered or deadline is None:
@@ -204,6 +214,27 @@ class VerdictdDoor:
     def _refused(self, address: str, error: AttestedTlsError, certificate: AttestedCertificate | None) -> None:
         if error.stage not in _NOT_JUDGED:
             self._commands.record(address, error, certificate, new_correlation())
+
+
+class _SeenJudge:
+    """The broker's judge, and on top of it: no report with two keys."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._seen = SeenReports()
+
+    @property
+    def blocking(self) -> bool:
+        return self._judge.blocking
+
+    def verify(self, certificate: AttestedCertificate) -> Verified:
+        return self._judge.verify(certificate)
+
+    def appraise(self, verified: Verified, certificate: AttestedCertificate) -> Appraisal:
+        appraisal = self._judge.appraise(verified, certificate)
+        if appraisal.allowed:
+            self._seen.check(verified, certificate.spki_sha256)
+        return appraisal
 
 
 def _load_key(config: VerdictdConfig) -> TlsKey:
