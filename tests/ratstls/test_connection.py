@@ -6,11 +6,16 @@ import contextlib
 import gc
 import logging
 import weakref
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from attest.simulated_evidence import MEASURE, Platform
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 from OpenSSL import SSL
@@ -19,7 +24,7 @@ from ratstls.simulated_peers import POLICY, attested, ends, guest, opened, plain
 
 from csvfast.attest import Appraisal, Violation
 from csvfast.errors import ArgumentError, AttestedTlsError, LengthError, VerificationError
-from csvfast.ratstls.certificate import make_certificate
+from csvfast.ratstls.certificate import make_certificate, read_certificate
 from csvfast.ratstls.claims import encode_claims
 from csvfast.ratstls.connection import HANDSHAKE_LIMIT, RECORD_BYTES, AttestedConnection
 from csvfast.ratstls.context import EndpointContext, Identity, TlsOptions
@@ -321,12 +326,6 @@ def test_a_critical_evidence_extension_is_accepted(platform: Platform) -> None:
 
 
 def test_nobody_signs_for_another(platform: Platform) -> None:
-    """A certificate of one key signed by another, with and without the other's in the chain."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import Encoding
-
     authority, key = ec.generate_private_key(ec.SECP256R1()), TlsKey.generate()
     now = datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "authority")])
@@ -396,6 +395,15 @@ def test_settling_without_a_judgement(platform: Platform, judgement: Any) -> Non
     assert server.state == "closed"
 
 
+def test_a_policy_judge_compares_the_claims_itself(platform: Platform) -> None:
+    """Whoever asks it, and whatever has been checked before."""
+    judge = PolicyJudge(platform.roots, POLICY)
+    certificate, other = (read_certificate(guest(platform).certificate) for _ in range(2))
+    judge.verify(certificate)
+    with pytest.raises(VerificationError, match="report data"):
+        judge.verify(replace(certificate, buffer=other.buffer))
+
+
 def test_settling_with_a_refusal_in_it(platform: Platform) -> None:
     server, client = ends((plain(), attested(platform)), (guest(platform), ANYBODY))
     pump(server, client)
@@ -419,24 +427,56 @@ def test_a_judgement_that_comes_too_late(platform: Platform) -> None:
 
 
 def test_resumption_is_impossible(platform: Platform) -> None:
+    """A client that does offer a session is made to show its certificate again, and is judged again."""
     judge = Misbehaving(platform)
     context = EndpointContext.server(plain(), Requirement.attested(judge))
-    client_context = EndpointContext.client(guest(platform), ANYBODY)
-    server, client = AttestedConnection(context), AttestedConnection(client_context)
-    opened(server, client)
-    server.send(b"so that the client reads tickets")
-    client.feed(server.outgoing())
-    client.receive()
-    session = client._connection.get_session()
-    assert session is not None
-    again, second = AttestedConnection(context), AttestedConnection(client_context)
-    second._connection.set_session(session)
-    opened(again, second)
-    assert again.peer.certificate is not None
-    assert judge.calls == ["verify", "appraise"] * 2
-    from OpenSSL._util import lib
+    identity, raw_context = guest(platform), SSL.Context(SSL.TLS_CLIENT_METHOD)
+    raw_context.use_certificate(x509.load_der_x509_certificate(identity.certificate))
+    identity.key.use_in(raw_context)
 
-    assert not lib.SSL_session_reused(again._connection._ssl)
+    def visit(session: SSL.Session | None) -> tuple[SSL.Session, bytes]:
+        server, raw = AttestedConnection(context), SSL.Connection(raw_context, None)
+        raw.set_connect_state()
+        if session is not None:
+            raw.set_session(session)
+        hello = b""
+        for _ in range(3):
+            with contextlib.suppress(SSL.WantReadError):
+                raw.do_handshake()
+            with contextlib.suppress(SSL.WantReadError):
+                data = raw.bio_read(65536)
+                hello = hello or data
+                server.feed(data)
+            server.advance()
+            if data := server.outgoing():
+                raw.bio_write(data)
+        assert server.judge().certificate is not None
+        server.send(b"so that the client reads tickets")
+        raw.bio_write(server.outgoing())
+        assert raw.recv(100)
+        found = raw.get_session()
+        assert found is not None
+        raw.shutdown()  # else OpenSSL forgets the session with the connection
+        return found, hello
+
+    session, first = visit(None)
+    _, second = visit(session)
+    assert len(second) > len(first) + 50  # the pre-shared key that is offered
+    assert judge.calls == ["verify", "appraise"] * 2
+
+
+def test_a_certificate_for_another_purpose(platform: Platform) -> None:
+    """OpenSSL's own findings count, beyond those that every certificate of this kind has."""
+    key, now = TlsKey.generate(), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "RATS-TLS")])
+    builder = x509.CertificateBuilder(name, name, key.private.public_key(), 1, now - timedelta(1), now + timedelta(1))
+    usage = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH])
+    encoded = builder.add_extension(usage, False).sign(key.private, SHA256()).public_bytes(Encoding.DER)
+    identity = Identity(key, encoded)
+    opened(*ends((identity, ANYBODY), (plain(), ANYBODY)))
+    error = refused(*ends((plain(), ANYBODY), (identity, ANYBODY)))
+    assert error.stage == "certificate"
+    assert "verification error 26" in str(error)
 
 
 # ---- Hostile bytes

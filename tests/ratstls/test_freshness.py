@@ -218,6 +218,13 @@ def test_requests_out_of_form(request_: dict[str, Any]) -> None:
         setting.checker.attest(request_)
 
 
+def test_evidence_of_any_length() -> None:
+    setting = Setting()
+    setting.checker.challenge()
+    with pytest.raises(RequestError, match="expected at most 32768"):
+        setting.checker.attest({"command": "Attest", "evidence": "A" * 32772})
+
+
 @given(evidence=st.binary(max_size=200))
 def test_any_evidence(evidence: bytes) -> None:
     checker = FreshnessChecker(SETTING.server.peer, SETTING.requirement)

@@ -362,6 +362,8 @@ def test_judges_that_never_end() -> None:
         async with asyncio.timeout(10), server:
             address = await server.serve("127.0.0.1", 0)
             streams = [await open_connection(address, GUEST, ANYBODY) for _ in range(3)]
+            await until(lambda: server.stats()["judging"] == 3)
+            assert len(server._judgements) == 1
             for stream in streams:
                 assert await stream.receive() == b""
                 stream.close()
