@@ -7,10 +7,12 @@ src/verifiers/csv/hygoncert.c), and $CSVFAST_RATS_TLS_LINE the directory of that
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +28,13 @@ from ratstls.simulated_peers import attested, guest, plain
 
 from csvfast.certs import ManufacturingLine
 from csvfast.errors import AttestedTlsError
+from csvfast.ratstls.asynchronous import AttestedServer
 from csvfast.ratstls.blocking import BlockingServer, BlockingStream, connect
 from csvfast.ratstls.certificate import make_certificate
 from csvfast.ratstls.context import Identity, TlsOptions
 from csvfast.ratstls.keys import TlsKey
 from csvfast.ratstls.peer import Requirement
+from csvfast.ratstls.stream import Stream
 
 ANYBODY = Requirement.unattested()
 NOBODY_ASKED = Requirement.unattested(certificate=False)
@@ -279,3 +283,45 @@ def test_openssl_is_our_server(platform: Platform, kind: str, tmp_path: Path) ->
             assert info.value.stage == "verify"
         finally:
             process.kill()
+
+
+@openssl
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+def test_openssl_updates_its_keys(platform: Platform, kind: str, tmp_path: Path) -> None:
+    """`K` on a line of its own: new keys, and a request for ours, which must be answered though the application says nothing."""
+
+    def updated(port: int) -> bool:
+        options = files(tmp_path, guest(platform))
+        command = [OPENSSL, "s_client", "-connect", f"127.0.0.1:{port}", "-msg", *options]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            timer = threading.Timer(SECONDS, process.kill)
+            timer.start()
+            try:
+                for line in process.stdout:
+                    if b"read R BLOCK" in line or b"Verify return code" in line:
+                        process.stdin.write(b"K\n")
+                        process.stdin.flush()
+                    if line.startswith(b"<<<") and b"KeyUpdate" in line:
+                        return True
+                return False
+            finally:
+                timer.cancel()
+                process.kill()
+
+    if kind == "blocking":
+        with BlockingServer(("127.0.0.1", 0), plain(), attested(platform), answer_once) as ours:
+            assert isinstance(ours.address, tuple)
+            assert updated(ours.address[1])
+        return
+
+    async def handler(stream: Stream) -> None:
+        await stream.receive()
+
+    async def main() -> None:
+        async with asyncio.timeout(SECONDS), AttestedServer(plain(), attested(platform), handler) as server:
+            _, port = await server.serve("127.0.0.1", 0)
+            assert await asyncio.to_thread(updated, port)
+
+    asyncio.run(main())
