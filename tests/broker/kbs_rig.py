@@ -13,7 +13,7 @@ from broker.simulated_guest import SimulatedGuest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_der_private_key
 from cryptography.x509.oid import NameOID
 
 from csvfast.broker.administration import LOCAL, Administration, Administrator
@@ -23,13 +23,14 @@ from csvfast.broker.core import Broker
 from csvfast.broker.kbs.admin import Administrators
 from csvfast.broker.kbs.admin_tokens import AdministratorKey
 from csvfast.broker.kbs.app import KbsApp
-from csvfast.broker.kbs.ear import TokenIssuer, new_token_key, token_key_of
+from csvfast.broker.kbs.ear import TokenIssuer
 from csvfast.broker.kbs.metrics import Metrics
 from csvfast.broker.kbs.server import HttpLimits, KbsServer, tls_context
 from csvfast.broker.limits import Limits, LimitsConfig
 from csvfast.broker.master import FileMaster
 from csvfast.broker.model import ResourcePath
 from csvfast.broker.store import Store
+from csvfast.crypto import Secret
 
 PATH = ResourcePath("default", "key", "disk")
 CONTENT = b"the key of a disk, 32 bytes long"
@@ -81,7 +82,8 @@ class KbsRig:
         self.limits = Limits(LimitsConfig(**{"failures": 0, "request_rate": 0, "release_rate": 0, "subject_rate": 0, **limits}))
         self.broker = Broker(self.store, Trust(roots), self.limits, clock=self.clock)
         self.administration = Administration(self.store, limits=self.limits, certificates=certificates, clock=self.clock)
-        key = token_key_of(self.store.internal_key("token issuer", new_token_key))
+        key = load_der_private_key(bytes(self.store.internal_key("token issuer", _new_key)), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
         self.issuer = TokenIssuer(key, clock=self.clock)
         self.metrics = Metrics()
         administrators = Administrators(self.administration, self.limits, keys)
@@ -122,6 +124,11 @@ class KbsRig:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _new_key() -> Secret:
+    key = ec.generate_private_key(ec.SECP256R1())
+    return Secret(key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()))
 
 
 class Certificates:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +15,12 @@ from jwcrypto import jwk as other_jwk
 from jwcrypto import jwt as other_jwt
 
 from csvfast.broker.attestation import Attestation
-from csvfast.broker.kbs.ear import TokenIssuer, guest_key_in, load_token_key, new_token_key, token_key_of
+from csvfast.broker.kbs.ear import TokenIssuer, guest_key_in
 from csvfast.broker.kbs.init_data import INIT_DATA_LIMIT, read_init_data
 from csvfast.broker.kbs.jwk import base64url, jwk_of
 from csvfast.broker.kbs.metrics import BUCKETS, Metrics
 from csvfast.broker.kbs.rcar import _session_of_claims
 from csvfast.broker.policy import Decision
-from csvfast.crypto import Secret
 from csvfast.errors import DeniedError, RequestError, StateError
 
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -158,26 +156,11 @@ def test_places_of_the_guests_key(claims: Any) -> None:
             guest_key_in(wrong)
 
 
-def test_token_keys(tmp_path: Path) -> None:
-    path = tmp_path / "keys" / "token.pem"
-    first = load_token_key(path)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert load_token_key(path).private_numbers() == first.private_numbers()
-    path.chmod(0o644)
-    with pytest.raises(StateError):
-        load_token_key(path)
-    path.chmod(0o600)
-    for content in (b"", b"nonsense", ec.generate_private_key(ec.SECP384R1()).private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())):  # fmt: skip
-        path.write_bytes(content)
-        with pytest.raises(StateError):
-            load_token_key(path)
-    secret = new_token_key()
-    assert token_key_of(secret).curve.name == "secp256r1"
-    with pytest.raises(StateError):
-        token_key_of(Secret(b"nonsense"))
+def test_only_p256() -> None:
     with pytest.raises(StateError):
         TokenIssuer(ec.generate_private_key(ec.SECP384R1()))
+    with pytest.raises(StateError):
+        TokenIssuer(KEY, trusted=[ec.generate_private_key(ec.SECP521R1()).public_key()])
 
 
 # ---- Init data

@@ -20,18 +20,10 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_der_private_key,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from joserfc import jws
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
@@ -39,8 +31,6 @@ from joserfc.jwk import ECKey
 from csvfast import __version__
 from csvfast.broker.json_input import loads, member
 from csvfast.broker.kbs.jwk import base64url
-from csvfast.certs.private import read_private_file, write_private_file
-from csvfast.crypto import Secret
 from csvfast.errors import DeniedError, RequestError, StateError
 
 if TYPE_CHECKING:
@@ -187,42 +177,6 @@ def guest_key_in(claims: Mapping[str, Any]) -> Mapping[str, Any]:
             found: Mapping[str, Any] = place[TEE_KEY]
             return found
     raise RequestError("token: holds no tee-pubkey")
-
-
-def load_token_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The issuer's key in a private PEM file, which is made when it is missing. StateError, OSError."""
-    if not path.exists():
-        key = ec.generate_private_key(ec.SECP256R1())
-        write_private_file(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    raw = read_private_file(path.parent, path.name, 16 << 10)
-    try:
-        found = load_pem_private_key(bytes(raw), None)
-    except (ValueError, TypeError):
-        raise StateError(f"{path}: is no private key in PEM without a password") from None
-    finally:
-        raw[:] = bytes(len(raw))
-    return _p256(found, str(path))
-
-
-def token_key_of(secret: Secret) -> ec.EllipticCurvePrivateKey:
-    """The issuer's key as the store keeps it, PKCS#8 in DER. StateError."""
-    try:
-        found = load_der_private_key(memoryview(secret), None)
-    except (ValueError, TypeError):
-        raise StateError("token key: is no private key in DER") from None
-    return _p256(found, "token key")
-
-
-def new_token_key() -> Secret:
-    """A key for `token_key_of`."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    return Secret(key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()))
-
-
-def _p256(key: object, what: str) -> ec.EllipticCurvePrivateKey:
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise StateError(f"{what}: expected a key on P-256")
-    return key
 
 
 def _check_curve(key: ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) -> None:

@@ -5,9 +5,9 @@
     working   the application answers; a peer that does not read has `write_seconds`
     idle      kept alive between requests: `idle_seconds`
 
-The server looks at all deadlines twice a second; no timer is set for a request. When the table is full, the oldest silent
-connection makes room, then the longest idle one, then the one that has been sending its body for the longest: who sends a
-request at once is never kept out by those who do not.
+The server looks at all deadlines twice a second; no timer is set for a request. When the table is full, the oldest one makes room
+out of the largest group of those that are silent, sending a body, or idle: who sends a request at once is never kept out by those
+who do not, whatever they do instead.
 
 Source: encode/uvicorn uvicorn/protocols/http/httptools_impl.py. Thread-safety: one event loop.
 """
@@ -104,7 +104,7 @@ class ConnectionTable:
     def admit(self, connection: Connection) -> bool:
         """A new connection, silent. False: there is no room, and nobody who could make some."""
         if len(self) >= self.limits.connections:
-            victims = self._silent or self._idle or self._reading
+            victims = max(self._silent, self._reading, self._idle, key=len)
             if not victims:
                 self.refused("table full")
                 return False
