@@ -359,6 +359,7 @@ def main() -> None:
         try:
             result: dict[str, Any] = {
                 "cores": "one each" if apart else "one for both",
+                "load_average": round(os.getloadavg()[0], 1),  # of others, before anything was started
                 "store": url.partition(":")[0],
                 "fdatasync_us": fsync_microseconds(directory),
             }

@@ -18,7 +18,7 @@ from attest.simulated_evidence import MEASURE, Platform
 from broker.verdictd_rig import KEY, Rig, ask, ended, new_guest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from OpenSSL import SSL
-from ratstls.simulated_peers import attested, plain
+from ratstls.simulated_peers import SimulatedAttester, attested, plain
 
 from csvfast.broker.administration import LOCAL
 from csvfast.broker.clients.verdictd import AsyncVerdictdClient, Blob
@@ -651,8 +651,21 @@ def test_another_broker_is_not_spoken_to(rig: Rig) -> None:
 
 
 def test_a_broker_that_is_a_guest_itself(tmp_path: Path, platform: Platform) -> None:
-    with Rig(tmp_path, platform, identity=new_guest(platform)) as rig:
-        assert (rig.converse(lambda client: client.get_kek("disk"), requirement=attested(platform))).equals(KEY)
+    attester = SimulatedAttester(platform)
+    (tmp_path / "given").mkdir()
+    with (
+        Rig(tmp_path, platform, attester=attester) as rig,
+        Rig(tmp_path / "given", platform, identity=new_guest(platform)) as given,
+    ):
+
+        async def work(client: AsyncVerdictdClient) -> None:
+            assert (await client.get_kek("disk")).equals(KEY)
+            await rig.door._renew()
+            client.close()
+            assert (await client.get_kek("disk")).equals(KEY)
+
+        rig.converse(work, requirement=attested(platform))
+        assert given.converse(lambda client: client.get_kek("disk"), requirement=attested(platform)).equals(KEY)
 
 
 def test_a_client_that_knows_no_broker_warns(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -671,7 +684,7 @@ def test_the_key_stays_when_the_certificate_is_renewed(tmp_path: Path, platform:
 
         async def work() -> bytes:
             before = rig.door.identity
-            rig.door._renew()
+            await rig.door._renew()
             assert rig.door.identity.key.spki_sha256 == before.key.spki_sha256
             async with rig.client() as client:
                 assert (await client.get_kek("disk")).equals(KEY)

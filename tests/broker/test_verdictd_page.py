@@ -60,4 +60,4 @@ def test_configuration_is_one(tmp_path: Path) -> None:
 
     (block,) = blocks("toml")
     found = _read(VerdictdConfig, "verdictd", tomllib.loads(textwrap.dedent(block))["verdictd"], tmp_path)
-    assert found == VerdictdConfig(key=tmp_path / "tls.key", tls12=True)
+    assert found == VerdictdConfig(key=tmp_path / "tls.key", tls12=True, attester="device")

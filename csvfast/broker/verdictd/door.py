@@ -27,9 +27,9 @@ from csvfast.broker.model import Door
 from csvfast.broker.verdictd.commands import Commands, Guest
 from csvfast.broker.verdictd.protocol import REQUEST_BYTES, JsonFrames, read_request
 from csvfast.certs.private import read_private_file
-from csvfast.errors import ArgumentError, AttestedTlsError, RequestError, StateError
+from csvfast.errors import ArgumentError, AttestedTlsError, CsvfastError, RequestError, StateError
 from csvfast.ratstls.asynchronous import AttestedServer, ConnectionLimits
-from csvfast.ratstls.certificate import make_certificate
+from csvfast.ratstls.certificate import attest_certificate, make_certificate
 from csvfast.ratstls.context import Identity, TlsOptions
 from csvfast.ratstls.freshness import SeenReports
 from csvfast.ratstls.keys import TlsKey
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from csvfast.attest import Appraisal, Verified
     from csvfast.broker.config import VerdictdConfig
     from csvfast.broker.core import Broker
+    from csvfast.ratstls.attester import Attester
     from csvfast.ratstls.certificate import AttestedCertificate
     from csvfast.ratstls.peer import Judge
     from csvfast.ratstls.stream import Stream
@@ -61,13 +62,14 @@ class VerdictdDoor:
 
     In: broker           judges, releases, records
         config           where to listen, with which key, how fresh evidence must be
-        identity         key and certificate in the place of config.key, e.g. with evidence about the broker's own machine
+        attester         makes evidence about the broker's own machine, for guests that want to know; asked here and at renewals
+        identity         key and certificate in the place of config.key and attester; never renewed
         connections      how many, and how long they may do nothing
         request_bytes    of one request, at most
         request_seconds  from a request's first byte to its last
         challenge_seconds, fresh_seconds   to answer a challenge; how long an answer counts
         pad_replies      see protocol.json_reply
-    StateError, FormatError: the key's file. ArgumentError: a key that does not fit the suites.
+    StateError, FormatError: the key's file. ArgumentError: a key that does not fit the suites. What the attester raises.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class VerdictdDoor:
         broker: Broker,
         config: VerdictdConfig,
         *,
+        attester: Attester | None = None,
         identity: Identity | None = None,
         connections: ConnectionLimits = _DEFAULT_LIMITS,
         request_bytes: int = REQUEST_BYTES,
@@ -89,6 +92,7 @@ class VerdictdDoor:
         self.address = ""
         """Where the door listens, once it does."""
         self._broker: Final = broker
+        self._attester: Final = attester
         self._key: Final = None if identity is not None else _load_key(config)
         self.identity = identity or self._own_identity()
         """What guests see; they pin identity.key.spki_sha256."""
@@ -111,7 +115,7 @@ class VerdictdDoor:
             options=TlsOptions("1.2" if config.tls12 else "1.3", config.suites),
             on_refusal=self._refused,
         )
-        self._renewing: asyncio.TimerHandle | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self._malformed = 0
 
     async def start(self) -> None:
@@ -127,8 +131,10 @@ class VerdictdDoor:
                 _host, port = await self._server.serve(listen.host, listen.port)
                 self.address = str(replace(listen, port=port))
         except OSError as error:
+            await self._server.close()
             raise StateError(f"{Door.VERDICTD}: cannot listen on {listen}: {error.strerror or error}") from None
-        self._renew_later()
+        if self._key is not None:
+            self._renewing = asyncio.create_task(self._keep_renewing())
         event(
             _log, logging.INFO, "listening", door=Door.VERDICTD, address=self.address, freshness=self.config.freshness,
             spki_sha256=self.identity.key.spki_sha256.hex(),
@@ -136,17 +142,22 @@ class VerdictdDoor:
 
     def _own_identity(self) -> Identity:
         assert self._key is not None
-        return Identity(self._key, make_certificate(self._key, None))
+        if self._attester is None:
+            return Identity(self._key, make_certificate(self._key, None))
+        return Identity(self._key, attest_certificate(self._key, self._attester))
 
-    def _renew_later(self) -> None:
+    async def _keep_renewing(self) -> None:
         """A certificate lasts a year, and brokers may run for longer; guests pin the key, which stays."""
-        if self._key is not None:
-            self._renewing = asyncio.get_running_loop().call_later(_RENEW_SECONDS, self._renew)
+        while True:
+            await asyncio.sleep(_RENEW_SECONDS)
+            try:
+                await self._renew()
+            except (CsvfastError, OSError) as error:
+                event(_log, logging.ERROR, "certificate not renewed", door=Door.VERDICTD, reason=str(error))
 
-    def _renew(self) -> None:
-        self.identity = self._own_identity()
+    async def _renew(self) -> None:
+        self.identity = await asyncio.to_thread(self._own_identity)
         self._server.renew(self.identity)
-        self._renew_later()
 
     def stats(self) -> dict[str, int]:
         """AttestedServer.stats, and requests, failures (replies that say so), malformed (connections closed for it) so far."""
@@ -158,6 +169,8 @@ class VerdictdDoor:
         """Stops listening and ends every connection. Idempotent."""
         if self._renewing is not None:
             self._renewing.cancel()
+            await asyncio.wait((self._renewing,))
+            self._renewing = None
         await self._server.close()
         if self.config.listen.path is not None and self.address:
             self.config.listen.path.unlink(missing_ok=True)
