@@ -66,8 +66,8 @@ def event(logger: logging.Logger, level: int, text: str, **fields: object) -> No
 
 
 def set_up(level: str = "info", stream: TextIO | None = None) -> None:
-    """Sends all that is logged in this process to `stream` (default: standard error) as JSON lines: records of csvfast and of
-    uvicorn from `level` on, warnings and errors of other libraries, Python's warnings, and exceptions that nobody caught.
+    """Sends all that is logged in this process to `stream` (default: standard error) as JSON lines: records of csvfast from
+    `level` on, warnings and errors of other libraries, Python's warnings, and exceptions that nobody caught.
 
     In the main thread, at the start: before gRPC, whose core would write lines of its own.
     """
@@ -78,10 +78,10 @@ def set_up(level: str = "info", stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]
     # Libraries' chatter below that may repeat what they were given.
     root.setLevel(logging.WARNING)
-    for name in ("csvfast", "uvicorn"):
+    for name, least in (("csvfast", level.upper()), ("uvicorn", "ERROR")):  # its warnings are said again by our protocol
         logger = logging.getLogger(name)
         logger.handlers.clear()
-        logger.setLevel(level.upper())
+        logger.setLevel(least)
         logger.propagate = True
     logging.raiseExceptions = False  # or a log that cannot be written would be complained about, with the record's text
     logging.captureWarnings(True)

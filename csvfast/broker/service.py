@@ -145,7 +145,8 @@ class Service:
 
     async def _open_verdictd(self, config: VerdictdConfig) -> None:
         identity = await asyncio.to_thread(_attested_identity, config) if config.attester == "device" else None
-        connections = ConnectionLimits(connections=self._connections)
+        # Strangers have not proved anything: they take room from one another before they take it from guests.
+        connections = ConnectionLimits(handshakes=min(256, self._connections // 2), connections=self._connections)
         door = await self._stack.enter_async_context(
             VerdictdDoor(self.broker, config, identity=identity, connections=connections)
         )

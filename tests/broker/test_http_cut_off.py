@@ -30,6 +30,15 @@ def test_whole() -> None:
         assert connection.request("GET", "/").body == b"whol"
 
 
+def test_the_last_answer() -> None:
+    """http.client closes the socket before the body has been read."""
+    for length in (4, 300_000):
+        head = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % length
+        with answered(head + bytes(length)) as connection:
+            answer = connection.request("GET", "/")
+            assert (answer.status, len(answer.body)) == (413, length)
+
+
 @pytest.mark.parametrize("body", [b"", b"w", b"who"])
 def test_cut_off(body: bytes) -> None:
     with (

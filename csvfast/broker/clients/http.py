@@ -145,6 +145,8 @@ class HttpConnection:
         response = connection.getresponse()
         chunks, size = [], 0
         while size <= limit:
+            if response.isclosed():  # all of it is here, and the socket, too, is closed when the server has asked for that
+                break
             sock.settimeout(_left(deadline))
             chunk = response.read(_CHUNK)
             if not chunk:
