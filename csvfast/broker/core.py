@@ -81,7 +81,7 @@ class GuestJudge:
 
     @property
     def blocking(self) -> bool:
-        """True when judging may wait: for a policy in a worker process, a database elsewhere. HSK and CEK come with the evidence."""
+        """True when judging may wait: for a policy in a worker process, a database elsewhere."""
         return self._broker.grounds_block
 
     def verify(self, certificate: AttestedCertificate) -> Verified:

@@ -1,4 +1,4 @@
-"""Virtual machines on simulated chips, for the end-to-end tests of the broker: launched, measured, and able to ask for reports."""
+"""Virtual machines on simulated chips, for the end-to-end tests of the broker: launched, measured, able to ask for reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 of a whole broker at random moments: what was acknowledged is there, what was released is on record, the next start works.
+"""kill -9 of a whole broker at random: what was acknowledged is there, what was released is on record, the next start works.
 
 CSVFAST_LONG=1: a hundred rounds.
 """

@@ -1,8 +1,10 @@
 """The one thread that writes: takes what is queued, commits it together, tells everybody, and begins again.
 
 A batch is one transaction: lock the chain's row (which serialises all brokers on one database), let each job do its part, append
-the records, sign the new head, commit durably. Only then do futures complete. Batches grow with the load by themselves, because
-jobs queue up while a commit waits for the disk; there is no timer in the way of a single job.
+the records, sign the new head, commit durably. Only then do futures complete. Batches grow with the load, because jobs queue up
+while a commit waits for the disk. A transaction costs as much processor time as some ten records, and disks can be so fast that
+hardly anybody queues up: when jobs come from several sides at once, transactions are therefore PACE seconds apart or more.
+Whoever writes alone, one job after the other, never waits for that.
 
 When a batch fails (disk full, server gone), every job in it fails with UnavailableError, nothing of it is kept, and the next
 batch starts on a new connection. A connection lost during COMMIT leaves open whether it happened; that counts as failed. So there
@@ -23,7 +25,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from csvfast.broker.logs import event
@@ -44,6 +46,9 @@ QUEUE_LIMIT: Final = 10_000
 """Jobs that may wait; expendable ones get half of it."""
 BATCH_LIMIT: Final = 512
 """Jobs in one transaction."""
+
+PACE: Final = 0.005
+"""Seconds from the start of one transaction to that of the next while several callers write."""
 
 _ROWS: Final = 128  # records in one INSERT: SQLite lets other threads run, and waits for them, once a statement
 _log: Final = logging.getLogger(__name__)
@@ -98,6 +103,8 @@ class Committer:
         self, database: Database, identity: bytes, key: SM2PrivateKey, observe: Callable[[int], None]
     ) -> None:
         self._database = database
+        # SQLite has locked the whole database by BEGIN IMMEDIATE.
+        self._lock_statement = _LOCK if database.is_sqlite else f"{_LOCK} FOR UPDATE"
         self._identity = identity
         self._key = key
         self._public = key.public_key
@@ -107,6 +114,8 @@ class Committer:
         self._queue: deque[_Waiter] = deque()
         self._idle = False
         self._closing = False
+        self._began = 0.0  # when the last batch was taken
+        self._crowded = False  # several callers wrote then
         self._connection: Connection | None = None
         self._log_identity: tuple[int, int] | None = None
         # The head as this thread has seen it last; a database that knows less has lost records.
@@ -173,6 +182,8 @@ class Committer:
         try:
             while (batch := self._take()) is not None:
                 self._do(batch)
+                # Who wrote alone has not heard of it yet when another has come meanwhile.
+                self._crowded = self._crowded or bool(self._queue)
         finally:
             self._drop()
             with self._condition:
@@ -195,12 +206,23 @@ class Committer:
                     if not self._queue:
                         return []
             self._idle = False
+        self._keep_pace()
+        with self._condition:
             queue = self._queue
             if len(queue) <= BATCH_LIMIT:
                 batch = list(queue)
                 queue.clear()
-                return batch
-            return [queue.popleft() for _ in range(BATCH_LIMIT)]
+            else:
+                batch = [queue.popleft() for _ in range(BATCH_LIMIT)]
+            self._crowded = len(batch) > 1
+            return batch
+
+    def _keep_pace(self) -> None:
+        if self._crowded and not self._closing:
+            wait = self._began + PACE - time.monotonic()
+            if wait > 0:
+                time.sleep(wait)
+        self._began = time.monotonic()
 
     def _do(self, batch: list[_Waiter]) -> None:
         for waiter in batch:
@@ -280,17 +302,17 @@ class Committer:
             for statement, part in self._inserts(rows):
                 connection.exec_driver_sql(statement, part)
             signature, signed = sign_head(self._key, self._identity, sequence, now, digest), now
-        values: dict[str, Any] = {
-            "generation": generation, "sequence": sequence, "hash": digest, "time": signed, "signature": signature,
-        }  # fmt: skip
+        headed_sequence, headed_time = head.headed_sequence, head.headed_time
         due = sequence - head.headed_sequence
         old = not rows or abs(now - head.headed_time) >= HEAD_SECONDS * 1_000_000
         if due >= HEAD_RECORDS or (due and old):
-            values |= {"headed_sequence": sequence, "headed_time": signed}
+            headed_sequence, headed_time = sequence, signed
             mark = {"sequence": sequence, "hash": digest, "time": signed, "signature": signature}
             connection.execute(insert(schema.audit_heads), mark)
             due = 0
-        connection.execute(_ADVANCE, values)
+        # Text, not expressions: this is done for every transaction, and their compilation would be half of its cost.
+        values = (generation, sequence, digest, signed, signature, headed_sequence, headed_time)
+        connection.exec_driver_sql(_ADVANCE.replace("?", self._database.placeholder), values)
         return bool(due > 0)
 
     def _inserts(self, rows: list[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -302,7 +324,7 @@ class Committer:
 
     def _lock(self, connection: Connection) -> Any:
         try:
-            head = connection.execute(_LOCK).one_or_none()
+            head = connection.exec_driver_sql(self._lock_statement).one_or_none()
         except DBAPIError as error:
             if error.connection_invalidated:
                 raise _DeadConnectionError(f"{self._database.name}: {describe(error)}") from None
@@ -330,7 +352,7 @@ class Committer:
             try:
                 # The first transaction opens the log.
                 with connection.begin():
-                    connection.execute(_LOCK)
+                    connection.exec_driver_sql(self._lock_statement)
             except BaseException:
                 connection.close()
                 raise
@@ -350,14 +372,9 @@ class Committer:
                 _log.debug("closing a broken connection: %s", describe(error))
 
 
-_CHAIN: Final = schema.chain
-_LOCK: Final = (
-    select(
-        _CHAIN.c.generation, _CHAIN.c.sequence, _CHAIN.c.hash, _CHAIN.c.time, _CHAIN.c.signature,
-        _CHAIN.c.headed_sequence, _CHAIN.c.headed_time,
-    ).where(_CHAIN.c.id == 1).with_for_update()
-)  # fmt: skip
-_ADVANCE: Final = update(_CHAIN).where(_CHAIN.c.id == 1)
+_COLUMNS: Final = ("generation", "sequence", "hash", "time", "signature", "headed_sequence", "headed_time")
+_LOCK: Final = f"SELECT {', '.join(_COLUMNS)} FROM chain WHERE id = 1"  # noqa: S608  # of the names above
+_ADVANCE: Final = f"UPDATE chain SET {', '.join(f'{name} = ?' for name in _COLUMNS)} WHERE id = 1"  # noqa: S608  # likewise
 
 
 def _applied(connection: Connection, waiter: _Waiter) -> bool:
