@@ -47,7 +47,7 @@ class ResourcePath(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> ResourcePath:
         """From "repository/type/tag". RequestError: another number of segments, or characters no segment may have."""
-        parts = text.split("/", 3) if isinstance(text, str) else []
+        parts = text.split("/", 3)
         if len(parts) != 3 or not all(map(_SEGMENT.match, parts)):
             raise RequestError(f"resource path {_shown(text)}: expected repository/type/tag of letters, digits, '_', '-', '.'")
         return cls(*parts)
@@ -55,7 +55,7 @@ class ResourcePath(NamedTuple):
     @classmethod
     def from_uri(cls, text: str) -> ResourcePath:
         """From "kbs:///repository/type/tag"; the host between the slashes is ignored, as guests do. RequestError."""
-        if not isinstance(text, str) or not text.startswith(_URI_START):
+        if not text.startswith(_URI_START):
             raise RequestError(f"resource URI {_shown(text)}: expected kbs:///repository/type/tag")
         _host, slash, path = text.removeprefix(_URI_START).partition("/")
         if not slash:
@@ -73,13 +73,13 @@ class ResourcePath(NamedTuple):
 
 def for_kid(kid: str) -> ResourcePath:
     """The resource behind a key id: a URI, a path of three segments, or a plain name below default/key. RequestError."""
-    if isinstance(kid, str) and kid.startswith(_URI_START):
+    if kid.startswith(_URI_START):
         return ResourcePath.from_uri(kid)
-    if isinstance(kid, str) and "/" not in kid:
+    if "/" not in kid:
         return ResourcePath.parse(f"{VERDICTD_KEYS[0]}/{VERDICTD_KEYS[1]}/{kid}")
     return ResourcePath.parse(kid)
 
 
-def _shown(text: object) -> str:
-    shown = ascii(text) if isinstance(text, str) else type(text).__name__
+def _shown(text: str) -> str:
+    shown = ascii(text)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
