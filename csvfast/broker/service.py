@@ -40,9 +40,6 @@ from csvfast.crypto import Secret
 from csvfast.errors import BrokerError, FormatError
 from csvfast.ratstls.asynchronous import ConnectionLimits, raise_open_file_limit
 from csvfast.ratstls.attester import DeviceAttester
-from csvfast.ratstls.certificate import attest_certificate
-from csvfast.ratstls.context import Identity
-from csvfast.ratstls.keys import TlsKey
 
 if TYPE_CHECKING:
     from csvfast.broker.config import BrokerConfig, GrpcConfig, KbsConfig, VerdictdConfig
@@ -236,19 +233,6 @@ def _run(main: Callable[[], Awaitable[None]]) -> None:
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(whole())
-
-
-def _attested_identity(config: VerdictdConfig) -> Identity:
-    """The key that guests pin, with evidence: this broker runs in a CSV guest itself."""
-    if config.key is None:
-        key = TlsKey.generate("sm2" if config.suites == "sm" else "p256")
-    else:
-        pem = read_private_file(config.key.parent, config.key.name, _PEM_LIMIT)
-        try:
-            key = TlsKey.load(pem)
-        finally:
-            pem[:] = bytes(len(pem))
-    return Identity(key, attest_certificate(key, DeviceAttester()))
 
 
 def _new_token_key() -> Secret:
