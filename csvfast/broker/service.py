@@ -141,12 +141,11 @@ class Service:
         self.addresses[Door.KBS] = str(server.address)
 
     async def _open_verdictd(self, config: VerdictdConfig) -> None:
-        identity = await asyncio.to_thread(_attested_identity, config) if config.attester == "device" else None
+        attester = DeviceAttester() if config.attester == "device" else None
         # Strangers have not proved anything: they take room from one another before they take it from guests.
         connections = ConnectionLimits(handshakes=min(256, self._connections // 2), connections=self._connections)
-        door = await self._stack.enter_async_context(
-            VerdictdDoor(self.broker, config, identity=identity, connections=connections)
-        )
+        door = await asyncio.to_thread(lambda: VerdictdDoor(self.broker, config, attester=attester, connections=connections))
+        await self._stack.enter_async_context(door)
         self.addresses[Door.VERDICTD] = door.address
 
     async def _open_grpc(self, config: GrpcConfig, door: Door, handlers: Mapping[str, Handler], roles: frozenset[str]) -> None:
