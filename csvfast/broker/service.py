@@ -12,7 +12,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -37,7 +37,7 @@ from csvfast.broker.process import keep_memory_private
 from csvfast.broker.verdictd import VerdictdDoor
 from csvfast.certs.private import read_private_file
 from csvfast.crypto import Secret
-from csvfast.errors import BrokerError, FormatError
+from csvfast.errors import BrokerError, FormatError, StateError
 from csvfast.ratstls.asynchronous import ConnectionLimits, raise_open_file_limit
 from csvfast.ratstls.attester import DeviceAttester
 
@@ -79,18 +79,32 @@ class Service:
         self.addresses: Final[dict[str, str]] = {}
         """Where each door listens, once started."""
         self._stack = AsyncExitStack()
+        self._opened: list[AbstractAsyncContextManager[Any]] = []
         self._kbs: KbsApp | None = None
 
     async def __aenter__(self) -> Service:
         try:
             await self._open()
         except BaseException:
-            await self._stack.aclose()
+            await self._close()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        """All doors at once, for each has patience with its clients."""
+        doors, self._opened = self._opened, []
+        outcomes = await asyncio.gather(*(door.__aexit__(None, None, None) for door in doors), return_exceptions=True)
         await self._stack.aclose()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _enter(self, door: AbstractAsyncContextManager[Any]) -> None:
+        await door.__aenter__()
+        self._opened.append(door)
 
     async def _open(self) -> None:
         config = self.config
@@ -136,7 +150,10 @@ class Service:
             limits=HttpLimits(connections=self._connections),
             metrics=self._kbs.metrics,
         )
-        await self._stack.enter_async_context(server)
+        try:
+            await self._enter(server)
+        except OSError as error:
+            raise StateError(f"{Door.KBS}: cannot listen on {config.listen}: {error.strerror or error}") from None
         await self._beside(self._kbs.housekeeping())
         self.addresses[Door.KBS] = str(server.address)
 
@@ -145,7 +162,7 @@ class Service:
         # Strangers have not proved anything: they take room from one another before they take it from guests.
         connections = ConnectionLimits(handshakes=min(256, self._connections // 2), connections=self._connections)
         door = await asyncio.to_thread(lambda: VerdictdDoor(self.broker, config, attester=attester, connections=connections))
-        await self._stack.enter_async_context(door)
+        await self._enter(door)
         self.addresses[Door.VERDICTD] = door.address
 
     async def _open_grpc(self, config: GrpcConfig, door: Door, handlers: Mapping[str, Handler], roles: frozenset[str]) -> None:
@@ -158,7 +175,7 @@ class Service:
             guests=None if self._kbs is None else self._kbs.rcar,
             local_roles=roles,
         )
-        await self._stack.enter_async_context(server)
+        await self._enter(server)
         self.addresses[door] = server.address
 
     def _token_key(self, config: KbsConfig) -> ec.EllipticCurvePrivateKey:
