@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar
 
-from csvfast.errors import FormatError
+from csvfast.errors import FormatError, VerificationError
 
 if TYPE_CHECKING:
     from csvfast.certs import CaCertificate
@@ -91,8 +91,19 @@ class TrustConfig:
     def load_roots(self, base: Path) -> tuple[CaCertificate, ...]:
         """The root certificates. OSError, FormatError."""
         from csvfast.certs import CaCertificate, hygon_root
+        from csvfast.certs.chain import verify_root
 
-        found = [hygon_root() if name == "hygon" else CaCertificate.parse((base / name).read_bytes()) for name in self.roots]
+        found = []
+        for name in self.roots:
+            if name == "hygon":
+                found.append(hygon_root())
+                continue
+            root = CaCertificate.parse((base / name).read_bytes())
+            try:
+                verify_root(root)
+            except VerificationError as error:  # found out now and not when no guest is believed
+                _refuse("trust.roots", f"{ascii(name)[:80]}: {error}", "a root certificate, which signs itself")
+            found.append(root)
         if not found:
             _refuse("trust.roots", "an empty list", '"hygon", or files of root certificates')
         return tuple(found)
@@ -143,7 +154,7 @@ class BrokerConfig:
     """A whole configuration file; `base` is the directory its relative paths start at."""
 
     base: Path
-    store_url: str
+    store_url: str = field(repr=False)  # may hold a password
     master: Mapping[str, Any] = field(repr=False)
     trust: TrustConfig
     limits: Mapping[str, Any]

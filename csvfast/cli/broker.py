@@ -123,7 +123,7 @@ def init(
         print_json(
             {
                 "directory": str(directory),
-                "store": config.store_url,
+                "store": _without_password(config.store_url),
                 "verdictd": verdictd,
                 "kbs": kbs,
                 "pin": tls_key.spki_sha256.hex(),
@@ -237,6 +237,12 @@ def _configuration(store: str, table: dict[str, Any], roots: list[str], verdictd
         + json.dumps("...")
         + ', name = "alice", roles = ["policy"] }]\n'
     )
+
+
+def _without_password(url: str) -> str:
+    from sqlalchemy import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
 
 
 def _table(name: str, members: dict[str, Any]) -> str:
