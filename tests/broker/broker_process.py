@@ -178,6 +178,9 @@ class BrokerProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.process is not None:
             self.kill()
+        if error is not None and self.log.exists():
+            lines = self.log.read_text(errors="replace").splitlines()
+            error.add_note("\n".join(["The broker's log ends:", *[line[:400] for line in lines[-12:]]]))
 
     # ---- Its files
 

