@@ -5,7 +5,11 @@
     audit    read and verify the audit log
 
 Roles are separate on purpose: whoever manages keys cannot decide who gets them. An administrator is known by a token, of which
-the store keeps the hash alone, or by the certificate of his TLS connection. `scope` is a glob over resource paths.
+the store keeps the hash alone, or by the certificate of his TLS connection.
+
+`scope` is a glob over resource paths, "*" for everything; like a shell's, but its stars go beyond slashes. Who has less than
+everything changes only policies of repositories that lie wholly within it; reference values and the policies that judge every
+guest are not his. Of audit records and tokens he sees those of his scope.
 
 Thread-safety: every method may be called from any thread, and waits for the store: event loops call them through a thread.
 """
@@ -16,18 +20,29 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from csvfast.broker.grounds import Grounds
+from csvfast.broker.grounds import RESOURCE_POLICY, Grounds
 from csvfast.broker.logs import event, new_correlation
 from csvfast.broker.model import Door, ResourcePath
 from csvfast.broker.policy import Decision, compile_policy
 from csvfast.broker.policy import dry_run as explain
 from csvfast.broker.store import AuditRecord, Job
 from csvfast.crypto import Secret, SM2PublicKey
-from csvfast.errors import BrokerError, DeniedError, FormatError, LengthError, RequestError, UnknownError
+from csvfast.errors import (
+    BrokerError,
+    DeniedError,
+    FormatError,
+    LengthError,
+    RequestError,
+    StaleGenerationError,
+    UnavailableError,
+    UnknownError,
+)
 
 if TYPE_CHECKING:
     from csvfast.broker.limits import Limits
@@ -43,6 +58,7 @@ CONTENT_LIMIT: Final = 2 << 20
 _POLICY_LIMIT: Final = 1 << 20
 _REFERENCES_LIMIT: Final = 10_000
 _KEY_BYTES: Final = 32
+_TRIES: Final = 8  # generations that may pass by while one resource is read
 _log: Final = logging.getLogger(__name__)
 
 
@@ -130,12 +146,16 @@ class Administration:
     def read_resource(self, who: Administrator, path: ResourcePath, version: int | None = None) -> Resource:
         """A resource's content, for an administrator: on record before it is returned. UnknownError."""
         self._require(who, "keys", "read resource", path)
-        found = self._store.resource(path, version)
-        if found is None:
-            raise UnknownError(f"there is no resource {path}" + ("" if version is None else f" version {version}"))
-        record = self._record(who, "read resource", path, resource_version=found.version)
-        self._store.committer.run(Job((record,)))
-        return found
+        for _ in range(_TRIES):
+            generation = self._store.generation
+            found = self._store.resource(path, version)
+            if found is None:
+                raise UnknownError(f"there is no resource {path}" + ("" if version is None else f" version {version}"))
+            record = self._record(who, "read resource", path, resource_version=found.version)
+            with suppress(StaleGenerationError):  # another process may have deleted what is remembered here
+                self._store.committer.run(Job((record,), generation))
+                return found
+        raise UnavailableError("resources change faster than one can be read")
 
     def retire_resource(self, who: Administrator, path: ResourcePath, version: int) -> None:
         """A version is not released any more, but kept. UnknownError."""
@@ -154,9 +174,7 @@ class Administration:
 
     def rotate_master(self, who: Administrator, master: MasterKey) -> None:
         """New key-encryption keys under another master key; every data key is wrapped anew, in one transaction."""
-        self._require(who, "keys", "rotate master", None)
-        if who.scope != "*":
-            raise self._refused(who, "rotate master", f"scope {who.scope!r} is not everything")
+        self._require_everything(who, "keys", "rotate master")
         self._store.rotate_master(master, self._record(who, "rotate master", None, reason=master.identity))
 
     # ---- policy
@@ -170,7 +188,7 @@ class Administration:
         engine: Literal["rules", "rego"] = "rules",
     ) -> int:
         """Stores a policy after compiling it. FormatError says what is wrong with it. Out: its version."""
-        self._require(who, "policy", "put policy", None)
+        self._require_policy(who, "put policy", kind, name)
         _check_name("policy id", name)
         if len(text.encode()) > _POLICY_LIMIT:
             raise FormatError("policy", "length", None, f"more than {_POLICY_LIMIT} bytes", f"at most {_POLICY_LIMIT}")
@@ -193,7 +211,7 @@ class Administration:
 
     def delete_policy(self, who: Administrator, kind: str, name: str) -> None:
         """Back to the policy that csvfast ships, or to none. UnknownError."""
-        self._require(who, "policy", "delete policy", None)
+        self._require_policy(who, "delete policy", kind, name)
         self._store.delete_policy(kind, name, self._record(who, "delete policy", None, reason=f"{kind} {name}"))
 
     def dry_run(
@@ -220,7 +238,7 @@ class Administration:
 
     def put_reference(self, who: Administrator, name: str, values: Sequence[Any], expires: float | None) -> None:
         """Sets the values of a reference. In: expires, seconds since the epoch; None: never."""
-        self._require(who, "policy", "put reference", None)
+        self._require_everything(who, "policy", "put reference")
         _check_name("reference", name)
         if not 0 < len(values) <= _REFERENCES_LIMIT:
             raise LengthError(f"reference {name}: {len(values)} values; expected 1 to {_REFERENCES_LIMIT}")
@@ -242,7 +260,7 @@ class Administration:
 
     def delete_reference(self, who: Administrator, name: str) -> None:
         """UnknownError."""
-        self._require(who, "policy", "delete reference", None)
+        self._require_everything(who, "policy", "delete reference")
         self._store.delete_reference(name, self._record(who, "delete reference", None, reason=name))
 
     # ---- tokens
@@ -266,26 +284,34 @@ class Administration:
         return self._store.create_token(name, sorted(wanted), scope, expires, record)
 
     def revoke_token(self, who: Administrator, name: str) -> None:
-        """UnknownError. Needs every role the token has."""
+        """UnknownError. Needs every role the token has, and its scope or everything."""
         found = {row.name: row for row in self._store.list_tokens()}.get(name)
         if found is None:
             raise UnknownError(f"there is no token {name!r}")
         for role in found.roles:
             self._require(who, role, "revoke token", None)
+        if who.scope not in ("*", found.scope):
+            raise self._refused(who, "revoke token", f"scope {found.scope!r} is not his own, {who.scope!r}")
         self._store.delete_token(name, self._record(who, "revoke token", None, reason=name))
 
     def list_tokens(self, who: Administrator) -> list[TokenRow]:
-        """Names, roles, scopes and times; no secrets."""
+        """Names, roles, scopes and times; no secrets. Those of the administrator's scope."""
         if not who.roles:
             raise self._refused(who, "list tokens", "has no role")
-        return self._store.list_tokens()
+        return [row for row in self._store.list_tokens() if who.scope in ("*", row.scope)]
 
     # ---- audit
 
     def audit_records(self, who: Administrator, *, after: int = 0, limit: int = 100, **filters: str) -> Iterator[Any]:
-        """Records in their order, each with its number. In: filters   members of AuditRecord that must be equal."""
+        """Records in their order, each with its number. In: filters   members of AuditRecord that must be equal.
+
+        An administrator of less than everything sees records of resources within his scope.
+        """
         self._require(who, "audit", "read audit", None)
-        return self._store.iterate_audit(after=after, limit=limit, **filters)
+        if who.scope == "*":
+            return self._store.iterate_audit(after=after, limit=limit, **filters)
+        found = self._store.iterate_audit(after=after, **filters)
+        return islice((one for one in found if fnmatchcase(one.record.resource, who.scope)), limit)
 
     def verify_audit(self, who: Administrator, progress: Callable[[int], None] | None = None) -> AuditVerification:
         """Recomputes the chain from its first record and checks the signed heads."""
@@ -303,6 +329,20 @@ class Administration:
             raise self._refused(who, action, f"has not the role {role!r}", path)
         if path is not None and not fnmatchcase(str(path), who.scope):
             raise self._refused(who, action, f"{path} is outside the scope {who.scope!r}", path)
+
+    def _require_everything(self, who: Administrator, role: str, action: str) -> None:
+        self._require(who, role, action, None)
+        if who.scope != "*":
+            raise self._refused(who, action, f"scope {who.scope!r} is not everything")
+
+    def _require_policy(self, who: Administrator, action: str, kind: str, name: str) -> None:
+        """Everything, but for the resource policy of a repository that lies wholly within the scope."""
+        repository = who.scope.removesuffix("/*").removesuffix("/*")
+        if kind == "resource" and name != RESOURCE_POLICY and "/" not in repository and repository != who.scope:
+            self._require(who, "policy", action, None)
+            if fnmatchcase(name, repository):
+                return
+        self._require_everything(who, "policy", action)
 
     def _refused(self, who: Administrator, action: str, why: str, path: ResourcePath | None = None) -> DeniedError:
         record = self._record(who, action, path, outcome="denied", reason=f"{who.name}: {why}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from broker.simulated_guest import DEBUGGABLE, SimulatedGuest, SimulatedMachine
@@ -289,6 +289,51 @@ def test_scopes(setting: Setting) -> None:
     with pytest.raises(DeniedError):
         administration.create_token(who, "t", ["keys"], scope="*")
     administration.create_token(who, "t", ["keys"], scope="tenant/*")
+    administration.create_token(LOCAL, "all", ["keys"])
+    with pytest.raises(DeniedError, match="not allowed") as refusal:
+        administration.revoke_token(who, "all")
+    assert "scope" in refusal.value.reason
+    assert [row.name for row in administration.list_tokens(who)] == ["t"]
+    administration.revoke_token(who, "t")
+
+
+ALLOW: Final = '[[allow]]\nresource = "*/*/*"\n[[allow.rule]]\nname = "csv"\nclaim = "tee"\nequals = "csv"\n'
+
+
+def test_a_tenant_decides_about_himself_alone(setting: Setting) -> None:
+    administration = setting.administration
+    text = f'name = "t"\n{ALLOW}'
+    for scope in ("tenant/*", "tenant/*/*", "ten*/*"):
+        who = Administrator("tenant", frozenset(["policy"]), scope)
+        administration.put_policy(who, "resource", "tenant", text)
+        refused: list[Callable[[], object]] = [
+            lambda who=who: administration.put_policy(who, "resource", "default", text),  # type: ignore[misc]
+            lambda who=who: administration.put_policy(who, "resource", "other", text),  # type: ignore[misc]
+            lambda who=who: administration.put_policy(who, "appraisal", "tenant", text),  # type: ignore[misc]
+            lambda who=who: administration.delete_policy(who, "resource", "default"),  # type: ignore[misc]
+            lambda who=who: administration.put_reference(who, "csv_measure", ["a"], None),  # type: ignore[misc]
+            lambda who=who: administration.delete_reference(who, "csv_measure"),  # type: ignore[misc]
+        ]
+        for call in refused:
+            with pytest.raises(DeniedError):
+                call()
+        administration.delete_policy(who, "resource", "tenant")
+    for scope in ("tenant/key/*", "tenant", "tenant*", "*/key/*", "*/*"):
+        with pytest.raises(DeniedError):
+            administration.put_policy(Administrator("x", frozenset(["policy"]), scope), "resource", "default", text)
+        if scope != "*/*":
+            with pytest.raises(DeniedError):
+                administration.put_policy(Administrator("x", frozenset(["policy"]), scope), "resource", "tenant", text)
+
+
+def test_an_auditor_of_one_tenant(setting: Setting) -> None:
+    administration = setting.administration
+    for path in ("tenant/key/2", "other/key/2", "tenant/key/3"):
+        administration.create_key(LOCAL, ResourcePath.parse(path))
+    who = Administrator("tenant", frozenset(["audit"]), "tenant/*")
+    found = list(administration.audit_records(who, limit=1000))
+    assert {one.record.resource.partition("/")[0] for one in found} == {"tenant"}
+    assert len(list(administration.audit_records(who, limit=1))) == 1
 
 
 def test_tokens(setting: Setting) -> None:
