@@ -239,6 +239,35 @@ def test_refused(rig: Rig, data: bytes, expected: int) -> None:
     assert honest(rig)["path"] == "/"
 
 
+CHUNKED = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+
+
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 50_000, b"a: " + b"b" * 300_000], ids=["many", "long"])
+def test_trailers_that_never_end(rig: Rig, trailers: bytes) -> None:
+    assert status(rig.ask(CHUNKED + trailers)) == 431
+    assert honest(rig)["path"] == "/"
+
+
+def test_trailers_are_no_headers() -> None:
+    seen: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await read_body(scope, receive, 1 << 20)
+        seen.extend(name for name, _value in scope["headers"])
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask() -> bytes:
+        async with KbsServer(app, Address("127.0.0.1", 0)) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.address.port)
+            with closing(writer):
+                writer.write(CHUNKED + b"cookie: kbs-session-id=0\r\nauthorization: Bearer x\r\n\r\n")
+                return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+
+    assert asyncio.run(ask()).startswith(b"HTTP/1.1 204")
+    assert seen == [b"host", b"transfer-encoding"]
+
+
 def test_many_requests_in_advance(rig: Rig) -> None:
     one = b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n"
     answer = rig.ask(one * 1000)

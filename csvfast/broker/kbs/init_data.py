@@ -28,9 +28,10 @@ INIT_DATA_LIMIT: Final = 64 << 10
 
 _WHAT: Final = "init-data"
 _ALGORITHMS: Final = {"sha256": hashlib.sha256, "sha384": hashlib.sha384, "sha512": hashlib.sha512}
-# tomllib takes quadratic time for a key of very many parts. Strings and comments may hold any number of dots.
+# tomllib takes quadratic time for a key of very many parts. Strings and comments may hold any number of dots. A string that does
+# not end is taken to the end of its line or of the text, where tomllib gives up, too: so this looks at everything once.
 _ASIDE: Final = re.compile(
-    r"'''.*?'''|\"\"\"(?:\\.|[^\\])*?\"\"\"|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|#[^\n]*", re.DOTALL
+    r"'''(?:.*?'{3,5}|.*)|\"\"\"(?:(?:\\.|[^\\])*?\"{3,5}|.*)|\"(?:\\.|[^\"\\\n])*+\"?|'[^'\n]*'?|#[^\n]*", re.DOTALL
 )
 _PARTS: Final = 32
 

@@ -222,6 +222,7 @@ class KbsProtocol(HttpToolsProtocol, Connection):
         self._time = loop.time
         self._head_bytes = 0  # of the head that is being read; -1: no head is being read
         self._body_bytes = 0
+        self._framing_bytes = 0  # since the last byte of the body: chunk sizes, trailers
         self._begun = False
         self._admission = admission
         self._refused = False
@@ -260,9 +261,11 @@ class KbsProtocol(HttpToolsProtocol, Connection):
             return
         if self._head_bytes >= 0:
             self._head_bytes += len(data)
+        else:
+            self._framing_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > self._limits.head_bytes and not self._refused:
-            self.refuse(431, "head of more bytes than allowed")
+        if max(self._head_bytes, self._framing_bytes) > self._limits.head_bytes and not self._refused:
+            self.refuse(431, "head or trailers of more bytes than allowed")
 
     # ---- The request
 
@@ -274,6 +277,11 @@ class KbsProtocol(HttpToolsProtocol, Connection):
         if not self._is_answering():
             self._table.silent(self)
             self.deadline = self._time() + self._limits.head_seconds
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header. Trailers (RFC 9110, 6.5) are not looked at: what stands behind the body was checked by nobody."""
+        if self._head_bytes >= 0:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Its head is complete: checked, and given to the application."""
@@ -292,7 +300,7 @@ class KbsProtocol(HttpToolsProtocol, Connection):
         if len(self.pipeline) >= _PIPELINED:
             self.refuse(400, "more requests in advance than allowed")
             return
-        self._head_bytes, self._body_bytes = -1, 0
+        self._head_bytes, self._body_bytes, self._framing_bytes = -1, 0, 0
         self.deadline = self._time() + limits.body_seconds
         self._table.reading(self)
         super().on_headers_complete()
@@ -303,6 +311,7 @@ class KbsProtocol(HttpToolsProtocol, Connection):
         if self._refused:
             return
         self._body_bytes += len(body)
+        self._framing_bytes = 0
         if self._body_bytes > self._limits.body_bytes:
             self.refuse(413, "body of more bytes than allowed")
             return
@@ -312,7 +321,7 @@ class KbsProtocol(HttpToolsProtocol, Connection):
         """Its end."""
         if self._refused:
             return
-        self._head_bytes = 0
+        self._head_bytes = self._framing_bytes = 0
         if self._is_answering():
             self._table.busy(self)
             self.deadline = float("inf")
