@@ -14,15 +14,16 @@ typedef struct csvf__ways {
     int replacement;
 } csvf__ways;
 
-/* Index of the way that holds the tag, or -1. Sets and ways are small against 2^31. */
+/* Index of the way that holds the tag, or -1. All ways are looked at: which of them has it cannot be predicted, and a wrong guess costs more
+ * than the comparisons. */
 static inline int64_t csvf__ways_find(const csvf__ways *array, uint64_t set, uint64_t tag)
 {
     const uint64_t first = (set & array->mask) * array->ways;
     const uint64_t *tags = array->tags + first;
+    int64_t found = -1;
     for (uint32_t way = 0; way < array->ways; way++)
-        if (tags[way] == tag)
-            return (int64_t)(first + way);
-    return -1;
+        found = tags[way] == tag ? (int64_t)way : found;
+    return found < 0 ? found : (int64_t)first + found;
 }
 
 static inline void csvf__ways_point_away(csvf__ways *array, uint64_t set, uint32_t way)
@@ -45,10 +46,25 @@ static inline void csvf__ways_touch(csvf__ways *array, uint64_t set, uint64_t in
         csvf__ways_point_away(array, set & array->mask, (uint32_t)(index % array->ways));
 }
 
-/* Index where the next tag of a set goes: a free way, or the one that the policy gives up. */
+/* The way whose stamp is oldest; a free one's is 0. */
+static inline uint32_t csvf__ways_oldest(const uint64_t *stamps, uint32_t ways)
+{
+    uint64_t stamp = stamps[0];
+    uint32_t oldest = 0;
+    for (uint32_t way = 1; way < ways; way++) {
+        const int is_older = stamps[way] < stamp;
+        oldest = is_older ? way : oldest;
+        stamp = is_older ? stamps[way] : stamp;
+    }
+    return oldest;
+}
+
+/* Index where the next tag of a set goes: the first free way, or the one that the policy gives up. */
 static inline uint64_t csvf__ways_victim(csvf__ways *array, uint64_t set)
 {
     const uint64_t first = (set & array->mask) * array->ways;
+    if (array->replacement == CSVF_REPLACE_LRU || array->replacement == CSVF_REPLACE_FIFO)
+        return first + csvf__ways_oldest(array->stamps + first, array->ways);
     for (uint32_t way = 0; way < array->ways; way++)
         if (array->tags[first + way] == 0)
             return first + way;
@@ -59,17 +75,10 @@ static inline uint64_t csvf__ways_victim(csvf__ways *array, uint64_t set)
             node = 2 * node + (uint32_t)(tree >> node & 1);
         return first + node - array->ways;
     }
-    if (array->replacement == CSVF_REPLACE_RANDOM) {
-        array->random ^= array->random << 13;
-        array->random ^= array->random >> 7;
-        array->random ^= array->random << 17;
-        return first + (array->random >> 32) % array->ways;
-    }
-    uint64_t oldest = first;
-    for (uint32_t way = 1; way < array->ways; way++)
-        if (array->stamps[first + way] < array->stamps[oldest])
-            oldest = first + way;
-    return oldest;
+    array->random ^= array->random << 13;
+    array->random ^= array->random >> 7;
+    array->random ^= array->random << 17;
+    return first + (array->random >> 32) % array->ways;
 }
 
 static inline void csvf__ways_put(csvf__ways *array, uint64_t set, uint64_t index, uint64_t tag)
