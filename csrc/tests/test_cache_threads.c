@@ -9,17 +9,15 @@ typedef struct core {
     csvf_engine *engine;
     uint32_t asid;
     int is_wrong;
+    csvf_cache_config config;   /* made before the thread: the harness counts checks in one place */
 } core;
 
 static void *work(void *argument)
 {
     core *c = argument;
-    csvf_cache_config config = fixture_small();
-    config.fabric_lines = 4;
-    config.fill = c->asid & 1 ? CSVF_FILL_PAGE : CSVF_FILL_LINE;
     csvf_cache *cache;
     c->is_wrong = 1;
-    if (csvf_cache_create(&cache, c->engine, &config) != CSVF_OK)
+    if (csvf_cache_create(&cache, c->engine, &c->config) != CSVF_OK)
         return NULL;
     static const size_t span = PAGES * PAGE;
     uint8_t *shadow = calloc(1, span), seen[300];
@@ -61,7 +59,9 @@ static void test_guests_side_by_side(void)
     pthread_t threads[CORES];
     for (uint32_t i = 0; i < CORES; i++) {
         fixture_install(engine, i + 1);
-        cores[i] = (core){engine, i + 1, 0};
+        cores[i] = (core){engine, i + 1, 0, fixture_small()};
+        cores[i].config.fabric_lines = 4;
+        cores[i].config.fill = i & 1 ? CSVF_FILL_PAGE : CSVF_FILL_LINE;
     }
     for (int i = 0; i < CORES; i++)
         CHECK(pthread_create(&threads[i], NULL, work, &cores[i]) == 0);
