@@ -24,7 +24,7 @@ class CacheLevel:
     size          bytes; size / (64 * ways) must be a power of two
     ways          1 .. 64; with replacement "tree" a power of two
     cycles        modelled cycles of an access that this level serves: a parameter, not a measurement
-    replacement   "lru", "fifo", "tree" (a binary tree of bits, as real caches approximate LRU) or "random" (from the model's seed)
+    replacement   "lru", "fifo", "tree" (a binary tree of bits, as real caches approximate LRU), "random" (from the model's seed)
     """
 
     size: int
@@ -42,8 +42,8 @@ class Tlb:
     replacement: Replacement = "lru"
 
 
-# Sizes and ways of the first Zen generation, on which Hygon's Dhyana is built (AMD, Software Optimization Guide for Family 17h,
-# publication 55723, sections 2.6 and 2.7); the cycles are round figures to be replaced by the user's own.
+# Sizes and ways of the first Zen generation, on which Hygon's Dhyana is built (AMD, Software Optimization Guide for Family 17h
+# Processors, publication 55723); the cycles are round figures to be replaced by the user's own.
 DEFAULT_LEVELS = (CacheLevel(32 << 10, 8, 4), CacheLevel(512 << 10, 8, 12), CacheLevel(8 << 20, 16, 40))
 DEFAULT_TLB = Tlb(1536, 12)
 
@@ -51,9 +51,9 @@ DEFAULT_TLB = Tlb(1536, 12)
 class CacheModel(_core.Cache):
     """The TLB and the caches of one CPU core over an EncryptedMemory.
 
-    Lines hold plaintext under the tag of physical address, ASID and C-bit. Hits touch no SM4; misses decrypt a line or page, evictions
-    encrypt. Nothing keeps contexts coherent, and the tag names the ASID, not its key: without WBINVD and DF_FLUSH before an
-    ASID gets its next guest, that guest reads what the last one left.
+    Lines hold plaintext under the tag of physical address, ASID and C-bit. Hits touch no SM4; misses decrypt a line or page,
+    evictions encrypt. Nothing keeps contexts coherent, and the tag names the ASID, not its key: without WBINVD and DF_FLUSH
+    before an ASID gets its next guest, that guest reads what the last one left.
 
         with EncryptedMemory(1 << 20) as memory, CacheModel(memory) as core:
             memory.install(1)

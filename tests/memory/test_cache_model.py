@@ -209,7 +209,8 @@ def test_virtual_access_and_faults() -> None:
         core.write_back()
         core.flush_fabric()
         assert memory.read(0x3800, len(SECRET), asid=1) == SECRET
-        with pytest.raises(errors.PageFaultError, match=r"0x2000 of ASID 1: 0x2000 refused by the guest tables at level 1") as caught:
+        refusal = "0x2000 of ASID 1: 0x2000 refused by the guest tables at level 1"
+        with pytest.raises(errors.PageFaultError, match=refusal) as caught:
             core.write_virtual(0x1FFC, bytes(8), 1)
         assert (caught.value.address, caught.value.stage, caught.value.level) == (0x2000, "guest", 1)
         assert core.read_virtual(0x1FFC, 4, 1) == bytes(4)
