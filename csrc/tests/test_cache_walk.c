@@ -291,7 +291,11 @@ static void test_stale_translations(void)
     translate(1, 0x2000, CSVF_ACCESS_WRITE, CSVF_OK);
     map(1, root, 0x2000, 0, 1, 0);
     csvf_cache_write_back(cache);
+    const uint64_t hits = fixture_stats(cache, 1).tlb_hits;
     translate(1, 0x2000, CSVF_ACCESS_WRITE, CSVF_OK);
+    CHECK(fixture_stats(cache, 1).tlb_hits == hits + 1);
+    CHECK_STATUS(csvf_tlb_invalidate_page(cache, 1, 0x2000), CSVF_OK);      /* and there is only one to invalidate */
+    translate(1, 0x2000, CSVF_ACCESS_READ, CSVF_ERR_FAULT);
     end();
 }
 
