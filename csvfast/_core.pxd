@@ -38,12 +38,30 @@ cdef extern from "csvfast.h" nogil:
         CSVF_ERR_STATE
         CSVF_ERR_LIMIT
         CSVF_ERR_POINT
+        CSVF_ERR_FAULT
 
         CSVF_PRIMITIVE_COUNT
         CSVF_STANDARD_GB
         CSVF_STANDARD_IEEE
         CSVF_TWEAK_XTS
         CSVF_TWEAK_LINE
+
+        CSVF_CACHE_LEVELS
+        CSVF_CACHE_WAYS_MAX
+        CSVF_FABRIC_LINES_MAX
+        CSVF_REPLACE_LRU
+        CSVF_REPLACE_FIFO
+        CSVF_REPLACE_TREE
+        CSVF_REPLACE_RANDOM
+        CSVF_FILL_LINE
+        CSVF_FILL_PAGE
+        CSVF_ACCESS_READ
+        CSVF_ACCESS_WRITE
+        CSVF_ACCESS_EXECUTE
+        CSVF_ACCESS_USER
+        CSVF_STAGE_NONE
+        CSVF_STAGE_GUEST
+        CSVF_STAGE_NESTED
 
     const char *csvf_status_text(int status)
     int csvf_init()
@@ -191,6 +209,76 @@ cdef extern from "csvfast.h" nogil:
     int csvf_launch_update(csvf_engine *engine, csvf_sm3 *linear, uint8_t *digests, uint32_t asid, uint64_t address,
                            size_t length)
     int csvf_engine_stats(const csvf_engine *engine, csvf_stats *stats)
+
+    const uint64_t CSVF_NO_TABLE
+    ctypedef struct csvf_cache_level:
+        uint64_t size
+        uint32_t ways
+        int replacement
+        uint32_t cycles
+    ctypedef struct csvf_cache_config:
+        size_t struct_size
+        csvf_cache_level levels[3]
+        uint32_t tlb_entries
+        uint32_t tlb_ways
+        int tlb_replacement
+        int fill
+        uint32_t fabric_lines
+        uint32_t c_bit
+        uint32_t memory_cycles
+        uint32_t encryption_cycles
+        uint32_t write_back_cycles
+        uint64_t seed
+    ctypedef struct csvf_cache:
+        pass
+    ctypedef struct csvf_cache_stats:
+        size_t struct_size
+        uint64_t reads
+        uint64_t writes
+        uint64_t walk_reads
+        uint64_t hits[3]
+        uint64_t misses
+        uint64_t write_backs
+        uint64_t lines_lost
+        uint64_t bytes_decrypted
+        uint64_t bytes_encrypted
+        uint64_t tlb_hits
+        uint64_t tlb_misses
+        uint64_t faults
+        uint64_t cycles
+        uint64_t encryption_cycles
+    ctypedef struct csvf_translation:
+        uint64_t address
+        int c_bit
+        uint32_t allowed
+        int fault_stage
+        int fault_level
+    ctypedef struct csvf_trace_access:
+        uint64_t address
+        uint32_t length
+        uint32_t access
+    int csvf_cache_defaults(csvf_cache_config *config)
+    int csvf_cache_create(csvf_cache **cache, csvf_engine *engine, const csvf_cache_config *config)
+    void csvf_cache_destroy(csvf_cache *cache)
+    int csvf_cache_read(csvf_cache *cache, void *data, size_t length, uint32_t asid, uint64_t address, int c_bit)
+    int csvf_cache_write(csvf_cache *cache, uint32_t asid, uint64_t address, const void *data, size_t length, int c_bit)
+    int csvf_cache_flush(csvf_cache *cache, uint32_t asid, uint64_t address, size_t length, int c_bit)
+    void csvf_cache_write_back(csvf_cache *cache)
+    void csvf_cache_fabric_flush(csvf_cache *cache)
+    int csvf_cache_contents(const csvf_cache *cache, uint64_t *lines, uint64_t *dirty, uint64_t *waiting, uint32_t asid)
+    int csvf_cache_statistics(const csvf_cache *cache, csvf_cache_stats *stats, uint32_t asid)
+    int csvf_cache_set_tables(csvf_cache *cache, uint32_t asid, uint64_t guest_root, uint64_t nested_root)
+    int csvf_cache_translate(csvf_cache *cache, csvf_translation *translation, uint32_t asid, uint64_t address,
+                             uint32_t access)
+    int csvf_cache_read_virtual(csvf_cache *cache, void *data, size_t length, uint32_t asid, uint64_t address,
+                                uint32_t access)
+    int csvf_cache_write_virtual(csvf_cache *cache, uint32_t asid, uint64_t address, const void *data, size_t length,
+                                 uint32_t access)
+    int csvf_tlb_invalidate_page(csvf_cache *cache, uint32_t asid, uint64_t address)
+    int csvf_tlb_flush_asid(csvf_cache *cache, uint32_t asid)
+    void csvf_tlb_flush(csvf_cache *cache)
+    int csvf_cache_run(csvf_cache *cache, size_t *done, uint32_t asid, const csvf_trace_access *accesses, size_t count,
+                       int is_virtual, int c_bit)
 
     ctypedef struct csvf_pool:
         pass

@@ -8,6 +8,7 @@ Shape: this file holds what all parts share (buffers, numbers, errors, kernels);
     _core_sm4.pxi      SM4XTS, SM4CTR, SM4GCM
     _core_sm2.pxi      SM2PublicKey, SM2PrivateKey, sm2_verify_many
     _core_memory.pxi   Engine, the base of csvfast.memory.EncryptedMemory
+    _core_cache.pxi    Cache, the base of csvfast.memory.CacheModel
 
 Buffers: any C-contiguous object of the buffer protocol is taken as its bytes. The GIL is released while C works on
 GIL_BYTES or more; below that, giving it up and getting it back costs more than the work.
@@ -296,5 +297,6 @@ include "_core_sm3.pxi"
 include "_core_sm4.pxi"
 include "_core_sm2.pxi"
 include "_core_memory.pxi"
+include "_core_cache.pxi"
 
 _start()

@@ -10,6 +10,7 @@ cdef class Engine:
     cdef bint owned
     cdef Py_ssize_t exports         # views of the DRAM alive; guarded by the GIL
     cdef Py_ssize_t calls           # C calls running without the GIL; guarded by the GIL
+    cdef Py_ssize_t caches          # cache models that stand on this memory; guarded by the GIL
     cdef Py_ssize_t shape, stride   # what exported views point at
     cdef readonly uint32_t asid_max
     cdef readonly uint32_t threads
@@ -132,13 +133,15 @@ cdef class Engine:
     def close(self):
         """Wipes every key and gives the memory back. Closing twice is allowed.
 
-        Raises: MemoryInUseError while views (`raw`, memoryview) exist or other threads are inside a call.
+        Raises: MemoryInUseError while views (`raw`, memoryview) or cache models of it exist or other threads are inside a call.
         """
         if self.engine == NULL:
             return
         if self.exports or self.calls:
             raise errors.MemoryInUseError(
                 f"the memory cannot be closed: {self.exports} views of it exist and {self.calls} calls are running")
+        if self.caches:
+            raise errors.MemoryInUseError(f"the memory cannot be closed: {self.caches} cache models stand on it")
         cdef csvf_engine *engine = self.engine
         self.engine = NULL
         with nogil:

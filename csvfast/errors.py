@@ -41,6 +41,7 @@ written to the caller's buffers or to memory, unless the class says otherwise.
     │   └── UnknownError (LookupError)         administration: there is no such thing
     ├── StateError                             a directory of chip, platform or broker state is damaged, in use or not private
     ├── MissingExtraError (ImportError)        an optional package is needed: the pip command to type
+    ├── PageFaultError (LookupError)           a guest's page tables refuse an access: stage and level
     ├── ClosedError (ValueError)               the memory has been closed
     ├── MemoryInUseError (BufferError)         close() while views exist or calls run
     ├── KeyExposureError (TypeError)           an object that holds a key cannot be pickled or copied
@@ -89,6 +90,7 @@ __all__ = [
     "MissingExtraError",
     "NonContiguousBufferError",
     "OverlapError",
+    "PageFaultError",
     "PointError",
     "ReadOnlyBufferError",
     "RequestError",
@@ -362,6 +364,22 @@ class StateError(CsvfastError):
 
 class MissingExtraError(CsvfastError, ImportError):
     """An optional package is not installed; the message holds the pip command."""
+
+
+class PageFaultError(CsvfastError, LookupError):
+    """Page tables give no translation for an access, or do not allow it. What lies on pages before it has been transferred.
+
+    Attributes:
+        address: the address that was refused: virtual at the guest's stage, guest physical at the nested one.
+        stage: ``"guest"`` or ``"nested"``.
+        level: 4 .. 1, the table whose entry refused; 0 = the address is not canonical or too large.
+    """
+
+    def __init__(self, message: str, address: int, stage: str, level: int) -> None:
+        super().__init__(message)
+        self.address: Final = address
+        self.stage: Final = stage
+        self.level: Final = level
 
 
 class ClosedError(CsvfastError, ValueError):

@@ -217,6 +217,7 @@ int main(int argc, char **argv)
     bench_own_cases();
     bench_peer_cases();
     bench_sm2_cases();
+    bench_cache_cases();
     if (bench_settings.json)
         printf("\n]}\n");
     if (!results_printed) {

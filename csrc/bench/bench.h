@@ -48,6 +48,7 @@ extern bench_options bench_settings;
 void bench_own_cases(void);     /* cases.c */
 void bench_peer_cases(void);    /* peers.c */
 void bench_sm2_cases(void);     /* sm2_cases.c: its own and OpenSSL's, whose rates its ratios need */
+void bench_cache_cases(void);   /* cache_cases.c */
 
 typedef struct bench_sm2_rates {
     double sign, verify, encrypt, decrypt;      /* operations a second; 0 = not measured */

@@ -77,7 +77,8 @@ typedef enum csvf_status {
     CSVF_ERR_KERNEL = -12,      /* no kernel of that name, or this CPU cannot run it */
     CSVF_ERR_STATE = -13,       /* reserved: calls made in the wrong order; no function returns it yet */
     CSVF_ERR_LIMIT = -14,       /* reserved: too much data under one key or nonce; GCM answers with CSVF_ERR_LENGTH */
-    CSVF_ERR_POINT = -15        /* not an encoding of a point of the SM2 curve, or the point at infinity where none may be */
+    CSVF_ERR_POINT = -15,       /* not an encoding of a point of the SM2 curve, or the point at infinity where none may be */
+    CSVF_ERR_FAULT = -16        /* page tables give no translation for the access, or do not allow it */
 } csvf_status;
 
 /* One line of English for a status. Never NULL. PURE. */
@@ -498,6 +499,190 @@ CSVF_API CSVF_MUST_CHECK int csvf_launch_update(csvf_engine *engine, csvf_sm3 *l
 
 /* Out: *stats, a sum that is exact when no other call is running. Returns: CSVF_OK, CSVF_ERR_ARGUMENT. SHARED. */
 CSVF_API CSVF_MUST_CHECK int csvf_engine_stats(const csvf_engine *engine, csvf_stats *stats);
+
+/* ---- Caches: what one CPU core keeps of the encrypted DRAM in plaintext -------------------------------------------- */
+/* One object models a core: an ASID-tagged TLB, one to three levels of write-back cache, and the data fabric's write buffer, over an
+ * engine's DRAM. Lines hold plaintext; SM4 runs only when a line comes from DRAM or goes there. Every level is inclusive: what is in
+ * one is in all below it, and what leaves a lower one leaves those above.
+ *
+ * Tags. A line is found by its physical address and its context: (ASID, C-bit 1) is that guest's, and everything with C-bit 0, whoever
+ * asks, is one context (ASID 0), or guest and host could not share a buffer. Nothing keeps contexts coherent: one physical line may be
+ * cached under several tags, and what the host, another guest or a device does to it is not seen under this tag before
+ * csvf_cache_flush or csvf_cache_write_back. The tag names the ASID, not the key: a line outlives csvf_asid_remove, and the
+ * ASID's next guest hits it. That is why the firmware's rule before an ASID is used again is WBINVD on every core, then DF_FLUSH; left
+ * out, the leak is there to see. csvf_read, csvf_write and launch calls are agents beside the core: they look into no cache.
+ *
+ * Modelled cycles are sums of the config's parameters, not measurements. Two objects are two machines' caches, not two coherent cores.
+ * What is published and what is inferred: docs/cache-model.md. */
+
+#define CSVF_CACHE_LEVELS 3u
+#define CSVF_CACHE_WAYS_MAX 64u
+#define CSVF_FABRIC_LINES_MAX 64u
+
+typedef enum csvf_replacement {
+    CSVF_REPLACE_LRU = 0,       /* the way used longest ago */
+    CSVF_REPLACE_FIFO = 1,      /* the way filled longest ago */
+    CSVF_REPLACE_TREE = 2,      /* binary tree of bits that point away from the last use; ways must be a power of two */
+    CSVF_REPLACE_RANDOM = 3     /* xorshift64 (13, 7, 17) from the config's seed: equal runs are equal */
+} csvf_replacement;
+
+typedef enum csvf_fill {
+    CSVF_FILL_LINE = 0,     /* a miss decrypts its line */
+    CSVF_FILL_PAGE = 1      /* a miss decrypts its page; the other lines go to the last level, unless they are there */
+} csvf_fill;
+
+typedef struct csvf_cache_level {
+    uint64_t size;          /* bytes; 0 = no such level, nor any after it. size / (64 * ways) must be a power of two */
+    uint32_t ways;          /* 1 .. CSVF_CACHE_WAYS_MAX */
+    int replacement;        /* csvf_replacement */
+    uint32_t cycles;        /* of an access that this level serves */
+    uint32_t reserved;      /* 0 */
+} csvf_cache_level;
+
+typedef struct csvf_cache_config {
+    size_t struct_size;     /* sizeof(csvf_cache_config): lets the struct grow without breaking callers */
+    csvf_cache_level levels[CSVF_CACHE_LEVELS];     /* nearest first; at least one */
+    uint32_t tlb_entries;   /* 0 = no TLB: every virtual access walks. tlb_entries / tlb_ways must be a power of two */
+    uint32_t tlb_ways;
+    int tlb_replacement;    /* csvf_replacement */
+    int fill;               /* csvf_fill */
+    uint32_t fabric_lines;  /* write-backs that wait, in order and in plaintext, on their way to the engine; 0 = none wait */
+    uint32_t c_bit;         /* position of the C-bit in page-table entries, 32 .. 51 */
+    uint32_t memory_cycles;         /* of an access that DRAM serves */
+    uint32_t encryption_cycles;     /* more, if the line is encrypted */
+    uint32_t write_back_cycles;     /* that a write-back holds the core up */
+    uint32_t reserved;      /* 0 */
+    uint64_t seed;          /* of random replacement */
+} csvf_cache_config;
+
+typedef struct csvf_cache csvf_cache;
+
+/* Counts of one ASID. Each line that an access touches counts once: hits of all levels and misses together are reads, writes and
+ * walk_reads. Write-backs and encryption count for the ASID whose line it is (0 for every line with C-bit 0). */
+typedef struct csvf_cache_stats {
+    size_t struct_size;         /* in: sizeof(csvf_cache_stats) */
+    uint64_t reads, writes;     /* lines touched by accesses */
+    uint64_t walk_reads;        /* page-table entries read by walks */
+    uint64_t hits[CSVF_CACHE_LEVELS];
+    uint64_t misses;            /* served by DRAM */
+    uint64_t write_backs;       /* dirty lines that left the last level */
+    uint64_t lines_lost;        /* write-backs that found no key at the engine: gone, never written as plaintext */
+    uint64_t bytes_decrypted;   /* through SM4 by fills */
+    uint64_t bytes_encrypted;   /* through SM4 by write-backs, when they reach DRAM */
+    uint64_t tlb_hits, tlb_misses;
+    uint64_t faults;            /* translations refused */
+    uint64_t cycles;            /* modelled */
+    uint64_t encryption_cycles; /* of them, what encryption_cycles added */
+} csvf_cache_stats;
+
+/* Fills in the model's defaults, sizes of the first Zen generation on which Hygon's Dhyana is built: 32 KiB 8-way, 512 KiB 8-way, 8 MiB
+ * 16-way, all LRU, TLB of 1536 entries 12-way, line fills, 16 lines in the fabric, C-bit 47. In: config->struct_size. PER-OBJECT.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT. */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_defaults(csvf_cache_config *config);
+
+/* Makes the caches of a core, empty, over an engine that must outlive them.
+ *   Out: cache    *cache is set on success, NULL on failure
+ *   In:  config   NULL = csvf_cache_defaults. A longer struct of a newer version is accepted if what this one does not know is zero
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (a size that gives no power of two of sets; an engine of 2^52 bytes or more),
+ * CSVF_ERR_MEMORY. SHARED as to the engine: cores of one engine may run in different threads. */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_create(csvf_cache **cache, csvf_engine *engine, const csvf_cache_config *config);
+
+/* Wipes what the caches hold and drops it, as cutting the power does: nothing is written back. NULL is allowed. PER-OBJECT. */
+CSVF_API void csvf_cache_destroy(csvf_cache *cache);
+
+/* Access through the caches at a system physical address. PER-OBJECT, like everything that takes a csvf_cache.
+ *   In: asid    0 is the host, whose c_bit must be 0 (its own memory encryption, SME, is not modelled)
+ *       c_bit   1 = the guest's encrypted memory, 0 = shared, unencrypted memory
+ * A hit asks for no key. Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_RANGE, CSVF_ERR_OVERLAP (data lies inside the DRAM), CSVF_ERR_ASID
+ * (asid above the engine's limit, 0 with the C-bit, or a miss without a key: the lines before that one have been transferred). */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_read(csvf_cache *cache, void *data, size_t length, uint32_t asid, uint64_t address,
+                                             int c_bit);
+CSVF_API CSVF_MUST_CHECK int csvf_cache_write(csvf_cache *cache, uint32_t asid, uint64_t address, const void *data,
+                                              size_t length, int c_bit);
+
+/* CLFLUSH over [address, address + length): writes back and drops the lines that have exactly this tag. The same lines under other tags
+ * stay. A written-back line waits in the fabric like any other; whoever reads that line through this core finds it.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_RANGE, CSVF_ERR_ASID. */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_flush(csvf_cache *cache, uint32_t asid, uint64_t address, size_t length, int c_bit);
+
+/* WBINVD: writes back every dirty line of every context, to the fabric, and drops all lines. The TLB stays. */
+CSVF_API void csvf_cache_write_back(csvf_cache *cache);
+
+/* DF_FLUSH: what waits in the fabric goes to DRAM, encrypted under the key that each line's ASID has at this moment. */
+CSVF_API void csvf_cache_fabric_flush(csvf_cache *cache);
+
+/* Out: *lines = lines cached for an ASID (0: those with C-bit 0), *dirty = those of them not written back, *waiting = its lines in the
+ * fabric. Each may be NULL. Looks at every line: for tests and displays.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ASID. */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_contents(const csvf_cache *cache, uint64_t *lines, uint64_t *dirty, uint64_t *waiting,
+                                                 uint32_t asid);
+
+/* Out: *stats. Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ASID (above the engine's limit). */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_statistics(const csvf_cache *cache, csvf_cache_stats *stats, uint32_t asid);
+
+/* ---- Address translation: guest page tables with the C-bit, nested page tables, TLB -------------------------------- */
+
+#define CSVF_NO_TABLE UINT64_MAX    /* this stage maps every address to itself; without guest tables a guest's C-bit counts as set */
+
+/* What an access needs. Reading is always asked. */
+#define CSVF_ACCESS_READ 0u
+#define CSVF_ACCESS_WRITE 1u
+#define CSVF_ACCESS_EXECUTE 2u
+#define CSVF_ACCESS_USER 4u         /* from user mode */
+
+typedef enum csvf_stage {
+    CSVF_STAGE_NONE = 0,
+    CSVF_STAGE_GUEST = 1,
+    CSVF_STAGE_NESTED = 2
+} csvf_stage;
+
+typedef struct csvf_translation {
+    uint64_t address;       /* system physical; in a fault the address that could not be translated, at its stage */
+    int c_bit;
+    uint32_t allowed;       /* CSVF_ACCESS_* that the tables allow */
+    int fault_stage;        /* csvf_stage; CSVF_STAGE_NONE without a fault */
+    int fault_level;        /* 4 .. 1: the table whose entry refused; 0 = the address is not canonical or too large */
+} csvf_translation;
+
+/* Gives an ASID its page tables: four levels as on x86-64 (4 KiB, 2 MiB and 1 GiB pages; entry bits present, writable, user, large, no-execute).
+ * guest_root is a guest physical address (its C-bit is ignored: a guest's tables are always read as encrypted, the host's never),
+ * nested_root a system physical one whose tables are the host's. Either may be CSVF_NO_TABLE. As loading CR3 under another ASID
+ * does, this flushes nothing: translations made before are used until they are invalidated or evicted. Accessed and dirty bits are not set.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ASID, CSVF_ERR_ALIGNMENT (a root's low twelve bits). */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_set_tables(csvf_cache *cache, uint32_t asid, uint64_t guest_root, uint64_t nested_root);
+
+/* Translates as an access would, through TLB and walk. In: access   CSVF_ACCESS_* flags
+ *   Out: *translation   also for CSVF_ERR_FAULT, where it says what refused
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ASID, CSVF_ERR_FAULT, CSVF_ERR_RANGE (a table lies outside the memory). */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_translate(csvf_cache *cache, csvf_translation *translation, uint32_t asid,
+                                                  uint64_t address, uint32_t access);
+
+/* Access at a virtual address. Returns: as csvf_cache_translate and csvf_cache_read; what lies on pages before the refused one has been
+ * transferred. */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_read_virtual(csvf_cache *cache, void *data, size_t length, uint32_t asid,
+                                                     uint64_t address, uint32_t access);
+CSVF_API CSVF_MUST_CHECK int csvf_cache_write_virtual(csvf_cache *cache, uint32_t asid, uint64_t address, const void *data,
+                                                      size_t length, uint32_t access);
+
+/* INVLPGA: drops the translation of the page at a virtual address under an ASID. Flush by ASID (TLB_CONTROL), and of everything.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ASID. */
+CSVF_API CSVF_MUST_CHECK int csvf_tlb_invalidate_page(csvf_cache *cache, uint32_t asid, uint64_t address);
+CSVF_API CSVF_MUST_CHECK int csvf_tlb_flush_asid(csvf_cache *cache, uint32_t asid);
+CSVF_API void csvf_tlb_flush(csvf_cache *cache);
+
+/* One access of a memory trace. */
+typedef struct csvf_trace_access {
+    uint64_t address;
+    uint32_t length;        /* bytes, at least 1 */
+    uint32_t access;        /* CSVF_ACCESS_* flags */
+} csvf_trace_access;
+
+/* Runs a trace: tags, replacement, fills, write-backs and counts as for real accesses, but no bytes are moved to or from the caller; a write
+ * makes its lines dirty and leaves their bytes. In: is_virtual   1 = through TLB and tables, 0 = physical addresses with c_bit
+ *   Out: *done   accesses done in full; less than count only on failure. May be NULL
+ * Returns: as the single accesses, and CSVF_ERR_LENGTH (an access of 0 bytes). */
+CSVF_API CSVF_MUST_CHECK int csvf_cache_run(csvf_cache *cache, size_t *done, uint32_t asid, const csvf_trace_access *accesses,
+                                            size_t count, int is_virtual, int c_bit);
 
 /* ---- Worker threads without an engine ----------------------------------------------------------------------------- */
 

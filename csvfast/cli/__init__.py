@@ -1,7 +1,7 @@
 """The `csvfast` command: one command, one room per subject.
 
-    csvfast info | bench | measure ... | memory demo | chip ... | cert ... | report ... | platform ... | guest ... | broker ...
-            | attest client
+    csvfast info | bench | measure ... | memory demo | machine trace | chip ... | cert ... | report ... | platform ... | guest ...
+            | broker ... | attest client
 
 Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
 """
@@ -23,6 +23,7 @@ from csvfast.cli import cert as _cert
 from csvfast.cli import chip as _chip
 from csvfast.cli import guest as _guest
 from csvfast.cli import info as _info
+from csvfast.cli import machine as _machine
 from csvfast.cli import measure as _measure
 from csvfast.cli import memory as _memory
 from csvfast.cli import platform as _platform
@@ -64,6 +65,7 @@ app.command("info")(_info.info)
 app.command("bench")(_bench.bench)
 app.add_typer(_measure.app, name="measure")
 app.add_typer(_memory.app, name="memory")
+app.add_typer(_machine.app, name="machine")
 app.add_typer(_guest.app, name="guest")
 app.add_typer(_chip.app, name="chip")
 app.add_typer(_cert.app, name="cert")

@@ -65,6 +65,7 @@ def images(folder: Path) -> None:
     (folder / "guest.toml").write_text(RECIPE, encoding="utf-8")
     (folder / "yesterday.json").write_text(RECIPE, encoding="utf-8")
     (folder / "password").write_bytes(b"swordfish")
+    (folder / "program.trace").write_bytes(b"".join(b" L %x,8\n S %x,4\n" % (at * 4160, at * 64) for at in range(200)))
 
 
 def evidence(folder: Path) -> None:
@@ -111,6 +112,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/processor.md", 6, None),
     ("docs/mailbox.md", 4, None),
     ("docs/broker.md", 20, None),
+    ("docs/cache-model.md", 3, None),
 ]
 
 

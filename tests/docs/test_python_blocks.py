@@ -1,4 +1,4 @@
-"""Python in README.md, docs/processor.md and docs/measure.md runs as it is written, with the names it leaves open filled in.
+"""Python in README.md and three pages of docs runs as it is written, with the names it leaves open filled in.
 
 A line whose comment begins with the name of an exception must raise it.
 """
@@ -56,6 +56,11 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "firmware": FIRMWARE,
         "nonce": NONCE,
     }
+
+
+def test_cache_model(names: dict[str, Any]) -> None:
+    (block,) = blocks("docs/cache-model.md")
+    exec(runnable(block), names)
 
 
 def test_readme(names: dict[str, Any]) -> None:
