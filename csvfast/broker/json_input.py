@@ -1,8 +1,8 @@
 """JSON from strangers: one document, read strictly or not at all.
 
-Refused: more bytes than allowed, anything but UTF-8, a byte order mark, a member that stands twice, more than 32 levels, numbers
-beyond what a double holds exactly, NaN and infinities, halves of surrogate pairs, text after the document. No error repeats what
-was read, so none can repeat a secret.
+Refused: more bytes than allowed, anything but UTF-8, a byte order mark, a member that stands twice, more than 32 levels, more than
+65,536 objects and arrays, numbers beyond what a double holds exactly, NaN and infinities, halves of surrogate pairs, text after the
+document. No error repeats what was read, so none can repeat a secret.
 
 Source: RFC 8259; RFC 7493 (I-JSON: unique members, numbers within 2**53, no lone surrogates).
 Thread-safety: functions without state.
@@ -19,10 +19,13 @@ from typing import Any, Final, NoReturn
 
 from csvfast.errors import RequestError
 
-__all__ = ["DEPTH_LIMIT", "INTEGER_LIMIT", "loads", "member", "members"]
+__all__ = ["CONTAINER_LIMIT", "DEPTH_LIMIT", "INTEGER_LIMIT", "loads", "member", "members"]
 
 DEPTH_LIMIT: Final = 32
 """Levels of objects and arrays in each other."""
+
+CONTAINER_LIMIT: Final = 1 << 16
+"""Objects and arrays of one document: each costs Python a hundred times its two characters, and nobody needs so many."""
 
 INTEGER_LIMIT: Final = 1 << 53
 """Integers lie between minus this and this, exclusively: JCS and JavaScript know no others."""
@@ -50,7 +53,7 @@ def loads(data: bytes, what: str, *, limit: int) -> Any:
     except UnicodeDecodeError as error:
         raise RequestError(f"{what}: byte {error.start} is not UTF-8; expected JSON in UTF-8") from None
     if text.count("[") + text.count("{") > DEPTH_LIMIT:
-        _check_depth(text, what)
+        _check_shape(text, what)
     long_number = _LONG_NUMBER.search(text)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,15 +119,21 @@ def members(value: Any, what: str, required: Mapping[str, type], optional: Mappi
     return value
 
 
-def _check_depth(text: str, what: str) -> None:
-    depth = 0
+def _check_shape(text: str, what: str) -> None:
+    depth = count = 0
     for match in _TOKENS.finditer(text):
         first = text[match.start()]
         if first == '"':
             continue
-        depth += 1 if first in "[{" else -1
+        if first in "[{":
+            depth += 1
+            count += 1
+        else:
+            depth -= 1
         if depth > DEPTH_LIMIT:
             raise RequestError(f"{what}: nested too deep at character {match.start()}; expected at most {DEPTH_LIMIT} levels")
+        if count > CONTAINER_LIMIT:
+            raise RequestError(f"{what}: too many objects and arrays; expected at most {CONTAINER_LIMIT}")
 
 
 def _check_text(value: Any, what: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csvfast.broker.json_input import DEPTH_LIMIT, INTEGER_LIMIT, loads, member, members
+from csvfast.broker.json_input import CONTAINER_LIMIT, DEPTH_LIMIT, INTEGER_LIMIT, loads, member, members
 from csvfast.errors import RequestError
 
 SAFE = st.integers(-INTEGER_LIMIT + 1, INTEGER_LIMIT - 1)
@@ -63,6 +63,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         (b"[" * (DEPTH_LIMIT + 1) + b"]" * (DEPTH_LIMIT + 1), "deep"),
         (b'{"a":' * 100000, "deep"),
         (b"[" * 1000000, "deep"),
+        (b"[" + b"{}," * CONTAINER_LIMIT + b"0]", "many objects"),
     ],
     ids=lambda value: value[:24].decode("latin-1") if isinstance(value, bytes) else value,
 )
@@ -72,6 +73,11 @@ def test_refused(data: bytes, text: str) -> None:
     assert text in str(caught.value)
     assert str(caught.value).startswith("the message: ")
     assert len(str(caught.value)) < 200
+
+
+def test_brackets_in_strings_are_no_arrays() -> None:
+    assert loads(b'["' + b"[{" * CONTAINER_LIMIT + b'"]', "test", limit=1 << 21) == ["[{" * CONTAINER_LIMIT]
+    assert len(loads(b"[" + b"[]," * (CONTAINER_LIMIT - 1) + b"0]", "test", limit=1 << 21)) == CONTAINER_LIMIT
 
 
 def test_size() -> None:

@@ -219,6 +219,7 @@ def flipped(text: str) -> str:
         (lambda: {**public("P-256"), "d": "AA"}, "private member d"),
         (lambda: {**public("RSA"), "p": "AA"}, "private member p"),
         (lambda: {**public("P-256"), "use": "sig"}, "use is not enc"),
+        (lambda: {**public("P-256"), "x-more": [1.5] * 3000}, "expected at most 8192"),
         (lambda: {**public("RSA"), "n": base64url((1 << 1023 | 1).to_bytes(128, "big"))}, "n of 1024 bits"),
         (lambda: {**public("RSA"), "n": base64url((1 << 2046 | 1).to_bytes(256, "big"))}, "n of 2047 bits"),
         (lambda: {**public("RSA"), "n": base64url((1 << 2047).to_bytes(256, "big"))}, "odd"),

@@ -306,6 +306,28 @@ def test_who_can_write_the_database_cannot_make_a_session(rig: KbsRig, guest: Si
     refused(other.resource(), "TokenNotFound")
 
 
+def test_who_can_write_the_database_cannot_change_a_session(rig: KbsRig, guest: SimulatedGuest) -> None:
+    from sqlalchemy import update
+
+    from csvfast.broker.store import Job, schema
+
+    def change(**values: Any) -> None:
+        rows = update(schema.sessions).values(**values)
+        rig.store.committer.run(Job(apply=lambda connection: connection.execute(rows)))
+
+    wire = Wire(rig, guest)
+    wire.auth()
+    change(tee="other")  # rules for CSV guests alone would be skipped
+    refused(wire.attest(), "AttestationError")
+    change(tee="csv")
+    assert wire.attest()[0] == 200
+    change(expires=rig.clock() + 10_000)
+    rig.app.rcar._attested.clear()
+    assert wire.resource()[0] == 200
+    rig.skew += 301
+    refused(wire.resource(), "TokenNotFound")
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -476,6 +498,16 @@ def test_client_attests_again_after_its_session_is_lost(rig: KbsRig, guest: Simu
         with pytest.raises(DeniedError):
             client.get_resource(ResourcePath("default", "key", "none"))
     assert len(rig.records(action="attest", outcome="allowed")) == 1 + 1 + 2
+
+
+def test_garbage_for_a_challenge_locks_out(tmp_path: Path, machine: SimulatedMachine, guest: SimulatedGuest) -> None:
+    with KbsRig(tmp_path, machine.roots, failures=3, failure_window=60, lock_seconds=60) as rig:
+        rig.register(guest)
+        wire = Wire(rig, guest)
+        wire.auth()
+        for _ in range(3):
+            refused(wire.attest({"runtime-data": {}}), "SerdeError")
+        assert "too many" in refused(wire.attest(), "AttestationError")
 
 
 def test_limits(tmp_path: Path, machine: SimulatedMachine, guest: SimulatedGuest) -> None:

@@ -115,6 +115,8 @@ def test_tokens_that_are_not_believed() -> None:
         "a.b.c",
         "A" * 300000 + "..",
         "ä.b.c",
+        *(f"{base64url(json.dumps({'alg': 'ES256', 'kid': issuer.thumbprint, 'crit': crit}).encode())}.{body}.AA"
+          for crit in (5, [], ["x"], None)),
     ]
     for token in tokens:
         with pytest.raises(DeniedError):
@@ -133,6 +135,7 @@ def test_another_issuer() -> None:
         issuer.verify(other.issue(attestation()))
     other = TokenIssuer(other_key, clock=clock)
     claims = issuer.verify(other.issue(attestation()))
+    assert not issuer.is_own(issuer.verify(other.issue(attestation(), "5e55"))), "a session of another store is none here"
     session = _session_of_claims(claims, "token")
     assert session.attestation.allowed
     assert session.attestation.token_claims() == claims

@@ -122,16 +122,22 @@ class TokenIssuer:
         return jws.serialize_compact(self._header, payload, self._key, registry=_REGISTRY)
 
     def verify(self, token: str) -> Mapping[str, Any]:
-        """The claims of a token that a trusted issuer signed and that is valid now. DeniedError says why not."""
+        """The claims of a token that a trusted issuer signed and that is valid now. DeniedError says why not.
+
+        SESSION is among them only when we signed it.
+        """
         if len(token) > TOKEN_LIMIT or token.count(".") != 2 or not token.isascii():
             raise DeniedError("token: no JWT of a length that is looked at")
         try:
             header = loads(_decoded(token.partition(".")[0]), "token header", limit=_Registry.max_header_length)
-            found = jws.deserialize_compact(token, self._find(header), registry=_REGISTRY)
+            key = self._find(header)
+            found = jws.deserialize_compact(token, key, registry=_REGISTRY)
             claims = loads(found.payload, "token", limit=TOKEN_LIMIT)
             if type(claims) is not dict:
                 raise RequestError("token: claims are no object")
             self._check_times(claims)
+            if key is not self._trusted[self.thumbprint]:
+                claims.pop(SESSION, None)  # of a broker on another store: no session here
         except RequestError as error:
             raise DeniedError(str(error)) from None
         except (JoseError, ValueError) as error:
@@ -143,12 +149,14 @@ class TokenIssuer:
         return hmac.new(self._session_key, f"{name}:{content}".encode(), hashlib.sha256).hexdigest()
 
     def is_own(self, token_claims: Mapping[str, Any]) -> bool:
-        """True when a session of this store is named: only own tokens have one."""
+        """True when a session of this store is named: of what `verify` gives, only own tokens have one."""
         return type(token_claims.get(SESSION)) is str
 
     def _find(self, header: Any) -> ECKey:
         if type(header) is not dict or header.get("alg") != "ES256":
             raise RequestError("token: alg is not ES256")
+        if "crit" in header:
+            raise RequestError("token: crit names extensions; expected none")
         name = header.get("kid")
         jwk = header.get("jwk")
         if type(jwk) is dict:

@@ -5,7 +5,7 @@
 
 Refused: other algorithms (RSA1_5 among them), private members, coordinates that are not exactly as wide as the curve, points that
 are not on it, RSA moduli below 2048 bits, base64url that encodes its last bits otherwise. Unknown members are kept: evidence is
-bound to the key as it was sent.
+bound to the key as it was sent. They cost time and room wherever the key goes, so the whole has a limit.
 
 Source: RFC 7517, RFC 7518 (6.2.1, 6.3.1), RFC 7638; virtee/kbs-types src/lib.rs (TeePubKey).
 Thread-safety: immutable objects.
@@ -31,6 +31,8 @@ __all__ = ["ECDH_ES", "RSA_OAEP", "GuestKey", "base64url", "from_base64url", "jw
 ECDH_ES: Final = "ECDH-ES+A256KW"
 RSA_OAEP: Final = "RSA-OAEP-256"
 RSA_BITS: Final = (2048, 8192)
+JWK_LIMIT: Final = 8 << 10
+"""Characters of a whole JWK."""
 
 _WHAT: Final = "tee-pubkey"
 _CURVES: Final[Mapping[str, tuple[type[ec.EllipticCurve], int]]] = {"P-256": (ec.SECP256R1, 32), "P-521": (ec.SECP521R1, 66)}
@@ -78,6 +80,8 @@ class GuestKey:
         """In: document, a JWK that json_input has read. RequestError."""
         if type(document) is not dict:
             raise RequestError(f"{_WHAT}: {type(document).__name__}; expected an object")
+        if (size := len(json.dumps(document, separators=(",", ":")))) > JWK_LIMIT:
+            raise RequestError(f"{_WHAT}: {size} characters; expected at most {JWK_LIMIT}")
         for name in _PRIVATE:
             if name in document:
                 raise RequestError(f"{_WHAT}: holds the private member {name}; expected a public key")

@@ -142,13 +142,18 @@ class Rcar:
         if row is None or row.expires <= self._clock():
             raise DeniedError("no such session, or it has expired", correlation)
         if row.record is not None:
-            return self._remember(name, self._read(name, row.record, row.expires))
-        key, evidence, additional, init_data = self._parse(await read(), row.nonce)
-        runtime = {TEE_KEY: key.document, "nonce": row.nonce, "additional-evidence": additional}
+            return self._remember(name, self._read(name, row.record))
+        if row.tee not in TEES:
+            raise DeniedError("a session in the store that no broker has opened", correlation)
+        body = await read()
+        self.broker.limits.check_identity(address)
         try:
+            key, evidence, additional, init_data = self._parse(body, row.nonce)
             parsed = read_json(evidence)
-        except FormatError as error:
+        except (RequestError, FormatError) as error:
+            self.broker.limits.note_failure(address)  # looking at it took time, and it leaves the challenge as it was
             raise RequestError(str(error)) from None
+        runtime = {TEE_KEY: key.document, "nonce": row.nonce, "additional-evidence": additional}
         attestation = await self.broker.attest(
             parsed,
             report_data(row.nonce, key.document, additional),
@@ -220,7 +225,7 @@ class Rcar:
             row = await self._row(name)
             if row is None or row.record is None:
                 raise DeniedError("no such session, or it is not attested", correlation)
-            found = self._remember(name, self._read(name, row.record, row.expires))
+            found = self._remember(name, self._read(name, row.record))
         if found.expires <= self._clock():
             raise DeniedError("the session has expired", correlation)
         return found
@@ -250,17 +255,23 @@ class Rcar:
 
     def _write(self, name: str, session: Session) -> str:
         content = json.dumps(
-            {"attestation": session.attestation.to_json(), "key": session.key.document, "token": session.token},
+            {
+                "attestation": session.attestation.to_json(),
+                "key": session.key.document,
+                "token": session.token,
+                "expires": session.expires,
+            },
             separators=(",", ":"),
         )
         return f"{self.issuer.authenticate(name, content)}{content}"
 
-    def _read(self, name: str, record: str, expires: float) -> Session:
+    def _read(self, name: str, record: str) -> Session:
         tag, content = record[:64], record[64:]
         if not hmac.compare_digest(tag.encode(), self.issuer.authenticate(name, content).encode()):
             raise DeniedError("a session in the store that no broker with this token key has written")
         members = json.loads(content)
-        return Session(Attestation.from_json(members["attestation"]), GuestKey(members["key"]), members["token"], expires)
+        attestation, key = Attestation.from_json(members["attestation"]), GuestKey(members["key"])
+        return Session(attestation, key, members["token"], float(members["expires"]))
 
 
 def _session_of_claims(claims: Mapping[str, Any], token: str) -> Session:
