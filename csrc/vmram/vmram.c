@@ -123,7 +123,13 @@ static int start_threads(csvf_vmram *vmram, uint32_t threads)
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = 0;
     while (vmram->thread_count < threads && !error) {
-        error = pthread_create(&vmram->threads[vmram->thread_count], NULL, csvf__fault_thread, &vmram->hands[vmram->thread_count]);
+        csvf__hands *hands = &vmram->hands[vmram->thread_count];
+        hands->epoll = csvf__fault_epoll(vmram);
+        if (hands->epoll < 0) {
+            error = errno;
+            break;
+        }
+        error = pthread_create(&vmram->threads[vmram->thread_count], NULL, csvf__fault_thread, hands);
         vmram->thread_count += !error;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -195,6 +201,8 @@ int csvf_vmram_create(csvf_vmram **result, csvf_engine *engine, uint32_t asid, i
     vmram->report = settings.report;
     vmram->report_context = settings.report_context;
     vmram->fd = vmram->userfault = vmram->stop = vmram->self = -1;
+    for (int i = 0; i <= (int)CSVF_VMRAM_THREADS_MAX; i++)
+        vmram->hands[i].epoll = -1;
     vmram->process = getpid();
     pthread_mutex_init(&vmram->lock, NULL);
     pthread_cond_init(&vmram->changed, NULL);
@@ -268,6 +276,9 @@ void csvf_vmram_destroy(csvf_vmram *vmram)
     for (size_t i = 0; i < sizeof descriptors / sizeof descriptors[0]; i++)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
+    for (size_t i = 0; i <= CSVF_VMRAM_THREADS_MAX; i++)
+        if (vmram->hands[i].epoll >= 0)
+            close(vmram->hands[i].epoll);
     if (vmram->owns_engine)
         csvf_engine_destroy(vmram->engine);
     free(vmram);

@@ -37,6 +37,7 @@ typedef struct csvf__page {
 /* What one thread works with. The staging of plaintext is wiped after every use; that of ciphertext needs no wiping. */
 typedef struct csvf__hands {
     csvf_vmram *vmram;
+    int epoll;
     uint8_t *plain, *cipher;    /* READ_AHEAD_MAX pages and BATCH_MAX pages */
 } csvf__hands;
 
@@ -130,6 +131,8 @@ void csvf__window_forget(csvf_vmram *vmram, uint32_t first, uint32_t count);
 
 /* ---- fault.c ---- */
 
+/* A descriptor that wakes its thread only if no other that waits was woken. Returns: it, or -1. */
+int csvf__fault_epoll(csvf_vmram *vmram);
 void *csvf__fault_thread(void *hands);
 
 /* ---- vmram.c ---- */
