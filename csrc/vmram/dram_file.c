@@ -39,7 +39,7 @@ void csvf__no_longer_busy(csvf_vmram *vmram, uint32_t pages)
     if (csvf__failure(vmram) && !vmram->is_closed) {
         vmram->is_closed = 1;
         (void)mprotect(vmram->ram, vmram->size, PROT_NONE);
-        (void)madvise(vmram->ram, vmram->size, MADV_DONTNEED);
+        (void)csvf__userfault_drop(vmram->ram, vmram->size);
         csvf__userfault_wake(vmram, 0, vmram->page_count);
     }
     pthread_cond_broadcast(&vmram->changed);

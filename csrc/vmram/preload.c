@@ -47,6 +47,8 @@ static _Atomic int mapping_count;       /* slots in use: 0 lets every munmap and
 static uint64_t next_address;           /* two memories under one key must not share data units */
 static uint8_t *key;                    /* a page of its own: not in core dumps, zeros in children */
 static int is_statistics_running, was_used;
+static _Atomic int is_ended;
+static __thread int is_inside;         /* this thread is in one of the calls below: what the library calls in turn is its own */
 static pid_t owner;
 
 /* ---- Words to the user: one line, by one write ---- */
@@ -322,7 +324,7 @@ static void *map_dram(const char *path, void *address, size_t length, int protec
     struct stat about;
     const size_t size = (length + CSVF_PAGE_BYTES - 1) / CSVF_PAGE_BYTES * CSVF_PAGE_BYTES;
     errno = EINVAL;
-    if (size < length || size == 0)
+    if (size < length || size == 0 || is_ended)
         return MAP_FAILED;
     if (!(protection & PROT_WRITE) || (protection & PROT_EXEC)) {
         say("%s is mapped read-only or executable: guest memory is readable and writable", path);
@@ -402,8 +404,7 @@ EXPORT void *mmap(void *address, size_t length, int protection, int flags, int f
         errno = saved;
         return real_mmap(address, length, protection, flags, fd, offset);
     }
-    static __thread int is_inside;
-    if (is_inside)      /* the engine's own mapping of the same file */
+    if (is_inside)
         return real_mmap(address, length, protection, flags, fd, offset);
     is_inside = 1;
     pthread_mutex_lock(&table_lock);
@@ -426,7 +427,6 @@ static int is_watching(void) { return atomic_load(&mapping_count) && owner == ge
 EXPORT int munmap(void *address, size_t length)
 {
     const uintptr_t start = (uintptr_t)address;
-    static __thread int is_inside;
     if (!is_inside && is_watching()) {
         is_inside = 1;
         pthread_mutex_lock(&table_lock);
@@ -448,7 +448,6 @@ EXPORT int munmap(void *address, size_t length)
  * giving pages back makes them zeros, as the program expects. */
 EXPORT int madvise(void *address, size_t length, int advice)
 {
-    static __thread int is_inside;
     const uintptr_t start = (uintptr_t)address;
     if (!is_inside && is_watching()) {
         is_inside = 1;
@@ -503,6 +502,7 @@ __attribute__((destructor)) static void end(void)
 {
     if (!was_used || owner != getpid())
         return;
+    is_inside = 1;
     pthread_mutex_lock(&table_lock);
     for (int i = 0; i < MAPPINGS_MAX; i++)
         if (mappings[i].vmram && csvf_vmram_flush(mappings[i].vmram) != CSVF_OK)
@@ -511,5 +511,7 @@ __attribute__((destructor)) static void end(void)
     if (path && *path)
         write_statistics(path);
     csvf_wipe(key, CSVF_XTS_KEY_BYTES);
-    /* The lock stays taken: what other threads still do must not map anything new. */
+    is_ended = 1;
+    atomic_store(&mapping_count, 0);    /* nobody waits for the lock any more, whatever is unmapped from here on */
+    pthread_mutex_unlock(&table_lock);
 }

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -136,6 +137,11 @@ void csvf__userfault_wake(csvf_vmram *vmram, uint32_t first, uint32_t count)
 {
     struct uffdio_range range = {place_of(vmram, first), (uint64_t)count * CSVF_PAGE_BYTES};
     (void)ioctl(vmram->userfault, UFFDIO_WAKE, &range);
+}
+
+int csvf__userfault_drop(void *start, size_t length)
+{
+    return syscall(SYS_madvise, start, length, MADV_DONTNEED) ? CSVF_ERR_SYSTEM : CSVF_OK;
 }
 
 int csvf_vmram_probe(const char **reason)

@@ -104,6 +104,9 @@ int csvf__userfault_protect(csvf_vmram *vmram, uint32_t first, uint32_t count);
 int csvf__userfault_unprotect(csvf_vmram *vmram, uint32_t first, uint32_t count);
 void csvf__userfault_wake(csvf_vmram *vmram, uint32_t first, uint32_t count);
 
+/* madvise(MADV_DONTNEED), past a preloaded madvise: that one stands for the program's calls and waits until no page is under way. */
+int csvf__userfault_drop(void *start, size_t length);
+
 /* ---- dram_file.c: the file, the cipher, and what happens when one of them fails ---- */
 
 /* Between the DRAM and `plain`, for pages first .. first + count. cipher is room for them. Returns: CSVF_OK or the failure, reported. */

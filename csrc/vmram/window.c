@@ -123,7 +123,7 @@ static int drop(csvf_vmram *vmram, const victim *victims, uint32_t count)
     }
 #endif
     for (size_t i = 0; i < used; i++)
-        if (madvise(runs[i].iov_base, runs[i].iov_len, MADV_DONTNEED))
+        if (csvf__userfault_drop(runs[i].iov_base, runs[i].iov_len) != CSVF_OK)
             return csvf__fail(vmram, CSVF_ERR_SYSTEM, "a page of the memory cannot be dropped: is it locked (mlock)?");
     return CSVF_OK;
 }
@@ -193,7 +193,7 @@ int csvf__window_flush(csvf_vmram *vmram, csvf__hands *hands)
 
 void csvf__window_forget(csvf_vmram *vmram, uint32_t first, uint32_t count)
 {
-    (void)madvise(vmram->ram + (size_t)first * CSVF_PAGE_BYTES, (size_t)count * CSVF_PAGE_BYTES, MADV_DONTNEED);
+    (void)csvf__userfault_drop(vmram->ram + (size_t)first * CSVF_PAGE_BYTES, (size_t)count * CSVF_PAGE_BYTES);
     /* The shorter way: through the window, or through the range. */
     if (count > vmram->clock_used) {
         for (uint32_t slot = 0; slot < vmram->clock_used; slot++) {
