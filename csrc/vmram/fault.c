@@ -16,7 +16,7 @@ enum {
 };
 
 /* How many pages to fetch from `page` on: more each time a fault continues a run of faults before. */
-static uint32_t length_of_fetch(csvf_vmram *vmram, uint32_t page, uint32_t room)
+static uint32_t length_of_fetch(csvf_vmram *vmram, uint32_t page, int is_write, uint32_t room)
 {
     csvf__stream *stream = vmram->streams;
     while (stream < vmram->streams + CSVF__STREAMS && (stream->next != page || page == 0))
@@ -27,8 +27,11 @@ static uint32_t length_of_fetch(csvf_vmram *vmram, uint32_t page, uint32_t room)
     } else {
         stream->length = stream->length * 2 < vmram->read_ahead ? stream->length * 2 : vmram->read_ahead;
     }
-    const uint32_t wanted = stream->length < room ? stream->length : room;
     const csvf__page *pages = vmram->pages;
+    uint32_t wanted = stream->length < room ? stream->length : room;
+    /* Pages ahead of a writer are open to it and count as changed. One that was never written stays out of the DRAM until it is. */
+    if (is_write && !pages[page].is_written)
+        wanted = 1;
     uint32_t count = 1;
     while (count < wanted && page + count < vmram->page_count && pages[page + count].state == CSVF__ABSENT &&
            pages[page + count].is_written == pages[page].is_written)
@@ -120,7 +123,7 @@ static void serve_missing(csvf_vmram *vmram, csvf__hands *hands, uint32_t page, 
         if (room == 0)
             continue;
         vmram->stats.faults++;
-        fetch(vmram, hands, page, length_of_fetch(vmram, page, room), is_write);
+        fetch(vmram, hands, page, length_of_fetch(vmram, page, is_write, room), is_write);
         return;
     }
     if (csvf__failure(vmram))
