@@ -60,6 +60,7 @@ struct csvf_vmram {
     uint32_t page_count, window;    /* pages */
     int is_placed;              /* at the caller's address */
     int userfault, stop, self;  /* self: pidfd of this process, or -1 */
+    _Atomic int is_vector_refused;  /* process_madvise does not drop pages here */
     uint32_t read_ahead, batch;
     csvf_vmram_report *report;
     void *report_context;

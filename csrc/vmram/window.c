@@ -114,12 +114,11 @@ static int drop(csvf_vmram *vmram, const victim *victims, uint32_t count)
     for (size_t i = 0; i < used; i++)
         length += runs[i].iov_len;
 #ifdef SYS_process_madvise
-    if (used > 1 && vmram->self >= 0) {
+    if (used > 1 && vmram->self >= 0 && !atomic_load(&vmram->is_vector_refused)) {
         const ssize_t done = (ssize_t)syscall(SYS_process_madvise, vmram->self, runs, used, MADV_DONTNEED, 0u);
         if (done == (ssize_t)length)
             return CSVF_OK;
-        close(vmram->self);     /* an older kernel: not again */
-        vmram->self = -1;
+        atomic_store(&vmram->is_vector_refused, 1);     /* an older kernel */
     }
 #endif
     for (size_t i = 0; i < used; i++)
