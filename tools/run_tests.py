@@ -26,6 +26,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import skips  # noqa: E402  (the rule for skips is pytest's and ours alike)
 
 Command = list[str]
+# Tests that mostly wait for processes and sockets; the others mostly compute.
+SERVICES = ("broker", "ratstls", "machine")
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-p", "skips", "--color=no"]
 
 
@@ -125,7 +127,10 @@ def stages(build: str, jobs: int) -> list[Stage]:
             make("fuzz-smoke", "/fuzzing", f"FUZZ_SECONDS={minute}"),
         ], needs=make_target("fuzz-smoke", clang_runtime)),
         Stage("pytest", "Python tests", [
-            [*PYTEST, "tests"],
+            [*PYTEST, "tests", *(f"--ignore=tests/{folder}" for folder in SERVICES)],
+        ], environment=python_environment),
+        Stage("services", "Python tests of attested TLS, the broker and virtual machines", [
+            [*PYTEST, *(f"tests/{folder}" for folder in SERVICES)],
         ], environment=python_environment),
         Stage("bench", "benchmark suites run once each, untimed", [
             [*PYTEST, "bench", "--benchmark-disable", "-q"],
@@ -191,7 +196,7 @@ def main() -> int:
         return 0
     chosen = [s for s in every if s.name not in options.without and (not options.only or s.name in options.only)]
     # The longest first: two lanes then end at about the same time.
-    order = ["pytest", "fuzz-smoke", "asan", "ctime", "c"]
+    order = ["services", "pytest", "fuzz-smoke", "asan", "ctime", "c"]
     chosen.sort(key=lambda stage: order.index(stage.name) if stage.name in order else len(order))
     expected = skips.read_expected(skips.LIST.read_text(encoding="utf-8")) if skips.LIST.exists() else []
 

@@ -1,7 +1,7 @@
 /* csvfast: HaiGuang (Hygon) CSV memory encryption and measurement in software.
  *
- * This header is the whole public C interface and its documentation. It is plain C11, needs no other header of the
- * project, and works from C++.
+ * This header is the public C interface and its documentation; only csvfast_vmram.h (Linux) stands beside it. It is plain C11, needs no
+ * other header of the project, and works from C++.
  *
  * Laws
  *   Argument order   context first, then OUT, then INOUT, then IN. A length stands right after its array; flags last.

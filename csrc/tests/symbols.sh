@@ -1,5 +1,5 @@
 #!/bin/sh
-# The shared library exports exactly the functions that csvfast.h declares with CSVF_API, and embed.c compiles as C++ too.
+# The shared library exports exactly the functions that csvfast.h and csvfast_vmram.h declare with CSVF_API, and embed.c compiles as C++ too.
 # Environment: BUILD, CC, CXX, SANITIZE (set by the Makefile). Prints 'N passed, N failed'.
 set -eu
 cd "$(dirname "$0")/.."
@@ -15,13 +15,15 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # A declaration may run over several lines: join them, keep the name in front of the first parenthesis.
-tr '\n' ' ' < include/csvfast.h | sed -e 's|/\*[^*]*\*\{1,\}\([^/*][^*]*\*\{1,\}\)*/| |g' -e 's/CSVF_API/\n&/g' |
+headers=include/csvfast.h
+[ "$(uname -s)" != Linux ] || headers="$headers include/csvfast_vmram.h"
+cat $headers | tr '\n' ' ' | sed -e 's|/\*[^*]*\*\{1,\}\([^/*][^*]*\*\{1,\}\)*/| |g' -e 's/CSVF_API/\n&/g' |
     sed -n 's/^CSVF_API *\(CSVF_MUST_CHECK *\)\{0,1\}[^(;]*[ *]\(csvf_[a-z0-9_]*\) *(.*/\2/p' | sort -u > "$work/declared"
 nm -D --defined-only "$build/libcsvfast.so" | awk '{print $3}' | grep -v '^__asan\|^__odr_asan\|^__sanitizer\|^__ubsan\|^__tsan\|^__st[a-z]*___sancov' |
     sort -u > "$work/exported"
 status=0
 diff "$work/declared" "$work/exported" > "$work/difference" || status=1
-result $status "exported symbols are not those of csvfast.h (< declared, > exported)"
+result $status "exported symbols are not those of the headers (< declared, > exported)"
 [ $status -eq 0 ] || cat "$work/difference"
 count=$(wc -l < "$work/declared")
 status=0
@@ -38,6 +40,14 @@ result $status "the archive defines names without the csvf_ prefix:"
 status=0
 readelf -d "$build/libcsvfast.so" | grep -q 'SONAME.*libcsvfast\.so\.0\]' || status=1
 result $status "the soname is not libcsvfast.so.0"
+
+if [ -f "$build/libcsvfast-vmram-preload.so" ]; then
+    status=0
+    taken=$(nm -D --defined-only "$build/libcsvfast-vmram-preload.so" | awk '{print $3}' |
+        grep -v '^__asan\|^__odr_asan\|^__sanitizer\|^__ubsan\|^__tsan\|^__st[a-z]*___sancov' | sort | tr '\n' ' ')
+    [ "$taken" = 'madvise mmap mmap64 munmap ' ] || status=1
+    result $status "the preload library takes over other calls than it says: $taken"
+fi
 
 # An executable stack would come from an assembler file without a .note.GNU-stack section.
 status=0

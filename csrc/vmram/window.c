@@ -1,0 +1,208 @@
+/* The window of plaintext: a clock over its pages, and their way out.
+ *
+ * Software sees no accessed bits of another's page tables, so the clock's evidence is what it does see: a page that comes back soon
+ * after it was evicted, or that is written after it was read, is in use and is spared a turn or more. */
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "vmram.h"
+
+enum { CREDIT_MAX = 2 };
+
+void csvf__window_enter(csvf_vmram *vmram, uint32_t page, csvf__page_state state)
+{
+    csvf__page *about = &vmram->pages[page];
+    const uint32_t slot = vmram->free_count ? vmram->free_slots[--vmram->free_count] : vmram->clock_used++;
+    /* Back before a whole window has left: it should have stayed. memo is 0 for a page that never left. */
+    const uint32_t absence = vmram->departures - about->memo;
+    about->credit = about->memo == 0 || absence >= vmram->window ? 0 : absence >= vmram->window / 2 ? 1 : CREDIT_MAX;
+    vmram->clock[slot] = page + 1;
+    about->memo = slot;
+    about->state = (uint8_t)state;
+}
+
+/* The page left the window; its slot is free. */
+static void leave(csvf_vmram *vmram, uint32_t page)
+{
+    csvf__page *about = &vmram->pages[page];
+    vmram->clock[about->memo] = 0;
+    vmram->free_slots[vmram->free_count++] = about->memo;
+    if (++vmram->departures == 0)
+        vmram->departures = 1;
+    about->memo = vmram->departures;
+    about->state = CSVF__ABSENT;
+    vmram->resident--;
+}
+
+typedef struct victim {
+    uint32_t page;
+    int is_dirty;
+} victim;
+
+static int by_page(const void *a, const void *b)
+{
+    const uint32_t left = ((const victim *)a)->page, right = ((const victim *)b)->page;
+    return left < right ? -1 : left > right;
+}
+
+static uint32_t choose(csvf_vmram *vmram, victim *victims, uint32_t most)
+{
+    uint32_t count = 0;
+    /* After CREDIT_MAX turns every page has lost its credit. */
+    for (uint64_t steps = (uint64_t)vmram->clock_used * (CREDIT_MAX + 1); steps && count < most; steps--) {
+        if (vmram->hand >= vmram->clock_used)
+            vmram->hand = 0;
+        const uint32_t entry = vmram->clock[vmram->hand++];
+        if (entry == 0)
+            continue;
+        csvf__page *about = &vmram->pages[entry - 1];
+        if (about->state != CSVF__CLEAN && about->state != CSVF__DIRTY)
+            continue;
+        if (about->credit) {
+            about->credit--;
+            continue;
+        }
+        victims[count++] = (victim){entry - 1, about->state == CSVF__DIRTY};
+        about->state = CSVF__EVICTING;
+    }
+    qsort(victims, count, sizeof *victims, by_page);
+    return count;
+}
+
+/* Number of victims from the first on that stand side by side and are alike. */
+static uint32_t run_of(const victim *victims, uint32_t count, int mind_dirt)
+{
+    uint32_t run = 1;
+    while (run < count && victims[run].page == victims[run - 1].page + 1 &&
+           (!mind_dirt || victims[run].is_dirty == victims[0].is_dirty))
+        run++;
+    return run;
+}
+
+/* Ciphertext of the changed ones into the DRAM. Readers go on meanwhile; a writer faults on the protection, and waits. */
+static int store(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, uint32_t count)
+{
+    int status = csvf__dram_check(vmram);
+    for (uint32_t i = 0; status == CSVF_OK && i < count;) {
+        const uint32_t run = run_of(victims + i, count - i, 1), page = victims[i].page;
+        if (victims[i].is_dirty) {
+            if (csvf__userfault_protect(vmram, page, run) != CSVF_OK)
+                status = csvf__fail(vmram, CSVF_ERR_SYSTEM, "a page of the memory cannot be write-protected: was it unmapped?");
+            else
+                status = csvf__dram_store(vmram, hands->cipher, vmram->ram + (size_t)page * CSVF_PAGE_BYTES, page, run);
+        }
+        i += run;
+    }
+    return status;
+}
+
+/* One call for all runs where the kernel takes it (6.13 on, for the own process): one TLB flush instead of many. */
+static int drop(csvf_vmram *vmram, const victim *victims, uint32_t count)
+{
+    struct iovec runs[CSVF__BATCH_MAX];
+    size_t used = 0, length = 0;
+    for (uint32_t i = 0; i < count;) {
+        const uint32_t run = run_of(victims + i, count - i, 0);
+        runs[used++] = (struct iovec){vmram->ram + (size_t)victims[i].page * CSVF_PAGE_BYTES, (size_t)run * CSVF_PAGE_BYTES};
+        i += run;
+    }
+    for (size_t i = 0; i < used; i++)
+        length += runs[i].iov_len;
+#ifdef SYS_process_madvise
+    if (used > 1 && vmram->self >= 0 && !atomic_load(&vmram->is_vector_refused)) {
+        const ssize_t done = (ssize_t)syscall(SYS_process_madvise, vmram->self, runs, used, MADV_DONTNEED, 0u);
+        if (done == (ssize_t)length)
+            return CSVF_OK;
+        atomic_store(&vmram->is_vector_refused, 1);     /* an older kernel */
+    }
+#endif
+    for (size_t i = 0; i < used; i++)
+        if (csvf__userfault_drop(runs[i].iov_base, runs[i].iov_len) != CSVF_OK)
+            return csvf__fail(vmram, CSVF_ERR_SYSTEM, "a page of the memory cannot be dropped: is it locked (mlock)?");
+    return CSVF_OK;
+}
+
+uint32_t csvf__window_evict(csvf_vmram *vmram, csvf__hands *hands, uint32_t most)
+{
+    victim victims[CSVF__BATCH_MAX];
+    const uint32_t count = csvf__failure(vmram) ? 0 : choose(vmram, victims, most < vmram->batch ? most : vmram->batch);
+    if (count == 0)
+        return 0;
+    uint32_t dirty = 0;
+    for (uint32_t i = 0; i < count; i++)
+        dirty += (uint32_t)victims[i].is_dirty;
+    vmram->busy += count;
+    pthread_mutex_unlock(&vmram->lock);
+    int status = dirty ? store(vmram, hands, victims, count) : CSVF_OK;
+    if (status == CSVF_OK)
+        status = drop(vmram, victims, count);
+    pthread_mutex_lock(&vmram->lock);
+    for (uint32_t i = 0; i < count; i++) {
+        csvf__page *about = &vmram->pages[victims[i].page];
+        const int is_awaited = about->is_awaited;
+        about->is_awaited = 0;
+        if (status != CSVF_OK) {
+            about->state = (uint8_t)(victims[i].is_dirty ? CSVF__DIRTY : CSVF__CLEAN);
+            continue;
+        }
+        about->is_written |= (uint8_t)victims[i].is_dirty;
+        leave(vmram, victims[i].page);
+        if (is_awaited)
+            csvf__userfault_wake(vmram, victims[i].page, 1);
+    }
+    if (status == CSVF_OK) {
+        vmram->stats.evictions += count;
+        vmram->stats.evictions_clean += count - dirty;
+        vmram->stats.bytes_encrypted += (uint64_t)dirty * CSVF_PAGE_BYTES;
+    }
+    csvf__no_longer_busy(vmram, count);
+    pthread_cond_broadcast(&vmram->changed);
+    return status == CSVF_OK ? count : 0;
+}
+
+int csvf__window_flush(csvf_vmram *vmram, csvf__hands *hands)
+{
+    int status = csvf__failure(vmram);
+    if (status == CSVF_OK && csvf__userfault_protect(vmram, 0, vmram->page_count) != CSVF_OK)
+        status = csvf__fail(vmram, CSVF_ERR_SYSTEM, "the memory cannot be write-protected: was it unmapped?");
+    /* From here on nobody writes. All pages are protected, so all of them must become clean, or go on as dirty and be opened again. */
+    for (uint32_t slot = 0; status == CSVF_OK && slot < vmram->clock_used; slot++) {
+        if (vmram->clock[slot] == 0)
+            continue;
+        uint32_t page = vmram->clock[slot] - 1, count = 0;
+        while (count < CSVF__BATCH_MAX && page + count < vmram->page_count && vmram->pages[page + count].state == CSVF__DIRTY)
+            count++;
+        if (count == 0)
+            continue;
+        status = csvf__dram_store(vmram, hands->cipher, vmram->ram + (size_t)page * CSVF_PAGE_BYTES, page, count);
+        for (uint32_t i = 0; status == CSVF_OK && i < count; i++) {
+            vmram->pages[page + i].state = CSVF__CLEAN;
+            vmram->pages[page + i].is_written = 1;
+        }
+        if (status == CSVF_OK)
+            vmram->stats.bytes_encrypted += (uint64_t)count * CSVF_PAGE_BYTES;
+    }
+    return status;
+}
+
+void csvf__window_forget(csvf_vmram *vmram, uint32_t first, uint32_t count)
+{
+    (void)csvf__userfault_drop(vmram->ram + (size_t)first * CSVF_PAGE_BYTES, (size_t)count * CSVF_PAGE_BYTES);
+    /* The shorter way: through the window, or through the range. */
+    if (count > vmram->clock_used) {
+        for (uint32_t slot = 0; slot < vmram->clock_used; slot++) {
+            const uint32_t entry = vmram->clock[slot];
+            if (entry && entry - 1 - first < count)
+                leave(vmram, entry - 1);
+        }
+    } else {
+        for (uint32_t page = first; page < first + count; page++)
+            if (vmram->pages[page].state != CSVF__ABSENT)
+                leave(vmram, page);
+    }
+}
