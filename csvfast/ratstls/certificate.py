@@ -102,6 +102,7 @@ _NAMES: Final = {
 _ECDSA_WITH_SHA256: Final = asn1.sequence(asn1.object_identifier("1.2.840.10045.4.3.2"))
 _RSA_WITH_SHA256: Final = asn1.sequence(asn1.object_identifier("1.2.840.113549.1.1.11"), asn1.null())
 # Those that mean nothing to the evidence. Of others, a critical one says: refuse me unless you know me.
+_OTHER_EXTENSIONS: Final = 2048  # bytes of all but the evidence; reading them can cost a stranger's reader 2 microseconds each
 _HARMLESS: Final = frozenset(
     (
         "2.5.29.14",  # subjectKeyIdentifier
@@ -230,7 +231,25 @@ def _read_fields(raw: bytes, fields: asn1.Reader, algorithm: bytes) -> bytes:
     offset = fields.position
     if _sequence(raw, fields, "subject") != issuer:
         raise FormatError(_STRUCTURE, "subject", offset, "another name than the issuer's", "the same: it is self-signed")
-    return _sequence(raw, fields, "subjectPublicKeyInfo")
+    spki = _sequence(raw, fields, "subjectPublicKeyInfo")
+    _check_extensions(fields)
+    return spki
+
+
+def _check_extensions(fields: asn1.Reader) -> None:
+    """How long they are, before anybody looks into them."""
+    if fields.next_tag() is None:
+        return
+    extensions = fields.context(3, "extensions").sequence("extensions")
+    others = 0
+    while extensions.next_tag() is not None:
+        start = extensions.position
+        oid, _ = extensions.sequence("extension").object_identifier("extension")
+        if oid != EVIDENCE_OID:
+            others += extensions.position - start
+        if others > _OTHER_EXTENSIONS:
+            expected = f"at most {_OTHER_EXTENSIONS} beside the evidence"
+            raise FormatError(_STRUCTURE, "extensions", start, f"{others} bytes and perhaps more", expected)
 
 
 def _evidence_buffer(extensions: x509.Extensions) -> EvidenceBuffer | None:

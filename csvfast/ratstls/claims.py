@@ -192,16 +192,37 @@ def _refuse_tag(*_: object) -> NoReturn:
 # cbor2 makes fractions, dates, patterns and mails of these, which can cost a stranger's certificate a tenth of a second.
 _EXPENSIVE_TAGS: Final = dict.fromkeys((*range(38), 100, 256, 258, 260, 261, 1004, 43000, 55799), _refuse_tag)
 _DEPTH: Final = 8  # the structures here need 2
+_ITEMS: Final = 1024  # a stranger's map whose thousands of keys all have one hash costs a tenth of a second, too
 
 
 def _read(raw: bytes, structure: str) -> object:
     if len(raw) > BUFFER_LIMIT:
         raise FormatError(structure, "length", None, f"{len(raw)} bytes", f"at most {BUFFER_LIMIT}")
+    _check_items(raw, structure)
     try:
         value: object = cbor2.loads(raw, semantic_decoders=_EXPENSIVE_TAGS, max_depth=_DEPTH)
     except Exception:  # its own class, and what Python objects to in between
         raise FormatError(structure, "encoding", None, "bytes that are none of it", "CBOR (RFC 8949), few levels deep") from None
     return value
+
+
+def _check_items(raw: bytes, structure: str) -> None:
+    """Counts data items by their heads; whether they are well-formed is for cbor2 to say."""
+    position = items = 0
+    while position < len(raw):
+        items += 1
+        if items > _ITEMS:
+            raise FormatError(structure, "encoding", position, f"more than {_ITEMS} data items", f"at most {_ITEMS}")
+        major, value = raw[position] >> 5, raw[position] & 31
+        position += 1
+        if 24 <= value <= 27:
+            size = 1 << (value - 24)
+            value = int.from_bytes(raw[position : position + size], "big")
+            position += size
+        elif value > 27:
+            value = 0  # of indefinite length: its pieces are items of their own
+        if major in (2, 3):  # bytes, text
+            position += value
 
 
 def _check_encoding(raw: bytes, value: object, structure: str) -> None:

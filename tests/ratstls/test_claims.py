@@ -248,6 +248,33 @@ def test_nothing_is_worked_out() -> None:
     assert time.process_time() - start < 0.02
 
 
+def test_keys_of_one_hash() -> None:
+    """Arrays as names, for which Python's hash can be chosen: each would be compared with all before it."""
+    mask, first, second, start = (1 << 64) - 1, 11400714785074694791, 14029467366897019727, 2870177450012600261
+    inverse, names, number = pow(second, -1, 1 << 64), [], 0
+    while len(names) < 2300:  # CPython, Objects/tupleobject.c: xxHash of the members' hashes
+        state = (start + number * second) & mask
+        state = (state << 31 | state >> 33) * first & mask
+        other = (1 - state) * inverse & mask
+        if other < (1 << 61) - 1:
+            names.append((number, other))
+        number += 1
+    assert len(set(map(hash, names))) == 1
+    data = b"\xb9" + len(names).to_bytes(2, "big") + b"".join(cbor2.dumps(list(name)) + b"\0" for name in names)
+    begin = time.process_time()
+    for read in (decode_claims, decode_evidence_buffer):
+        with pytest.raises(FormatError, match="more than 1024 data items"):
+            read(data)
+    assert time.process_time() - begin < 0.02
+
+
+def test_many_claims() -> None:
+    custom = {f"claim {number}": b"" for number in range(500)}
+    assert decode_claims(encode_claims(SPKI, custom)).custom == custom
+    with pytest.raises(FormatError, match="data items"):
+        decode_claims(encode_claims(SPKI, custom | {f"more {number}": b"" for number in range(50)}))
+
+
 @given(st.binary(max_size=80))
 def test_any_bytes(data: bytes) -> None:
     for read in (decode_claims, decode_evidence_buffer):
