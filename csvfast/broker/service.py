@@ -158,7 +158,7 @@ class Service:
         self.addresses[Door.KBS] = str(server.address)
 
     async def _open_verdictd(self, config: VerdictdConfig) -> None:
-        attester = DeviceAttester() if config.attester == "device" else None
+        attester = DeviceAttester(certificates=self.broker.trust.certificates) if config.attester == "device" else None
         # Strangers have not proved anything: they take room from one another before they take it from guests.
         connections = ConnectionLimits(handshakes=min(256, self._connections // 2), connections=self._connections)
         door = await asyncio.to_thread(lambda: VerdictdDoor(self.broker, config, attester=attester, connections=connections))

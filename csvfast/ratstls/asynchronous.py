@@ -91,6 +91,8 @@ class AttestedServer:
         options      of TLS
         on_refusal   called, in the loop, for each connection that ended before its peer was accepted, whatever the reason:
                      error.stage says which, and silent or broken-off ones have no certificate. Must not block
+        admits       asked, in the loop, whether an address may connect; otherwise that is a refusal of stage "closed", before
+                     anything is read. Must not block
     Raises as EndpointContext.server does.
     """
 
@@ -103,11 +105,13 @@ class AttestedServer:
         limits: ConnectionLimits = _DEFAULT_LIMITS,
         options: TlsOptions = _DEFAULT_OPTIONS,
         on_refusal: Refusal | None = None,
+        admits: Callable[[str], bool] | None = None,
     ) -> None:
         self.limits: Final = limits
         self._context = EndpointContext.server(identity, requirement, options)
         self._handler: Final = handler
         self._on_refusal: Final = on_refusal
+        self._admits: Final = admits
         self._handshakes: OrderedDict[Link, None] = OrderedDict()
         self._queued: OrderedDict[Link, None] = OrderedDict()  # for a judge's thread
         self._judging: OrderedDict[Link, None] = OrderedDict()
@@ -207,6 +211,9 @@ class AttestedServer:
 
     def connected(self, link: Link) -> None:
         """A link has a transport."""
+        if self._admits is not None and not self._admits(link.connection.address):
+            link.fail(AttestedTlsError("closed", "the address is not admitted"))
+            return
         limits = self.limits
         if len(self._handshakes) >= limits.handshakes:
             text = f"closed for a newer one: {limits.handshakes} handshakes at once"

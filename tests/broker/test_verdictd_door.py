@@ -22,8 +22,9 @@ from ratstls.simulated_peers import SimulatedAttester, attested, plain
 
 from csvfast.broker.administration import LOCAL
 from csvfast.broker.clients.verdictd import AsyncVerdictdClient, Blob
-from csvfast.broker.config import Address
+from csvfast.broker.config import Address, BrokerConfig
 from csvfast.broker.model import ResourcePath
+from csvfast.broker.service import Service
 from csvfast.broker.store import Job
 from csvfast.broker.verdictd import VerdictdDoor
 from csvfast.certs.private import write_private_file
@@ -666,6 +667,33 @@ def test_a_broker_that_is_a_guest_itself(tmp_path: Path, platform: Platform) -> 
 
         rig.converse(work, requirement=attested(platform))
         assert given.converse(lambda client: client.get_kek("disk"), requirement=attested(platform)).equals(KEY)
+
+
+def test_a_broker_in_a_guest_looks_for_certificates_where_it_was_told(
+    rig: Rig, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without HSK and CEK beside the report there would be no certificate, and no broker."""
+    (tmp_path / "root.cert").write_bytes(platform.roots[0].encoded)
+    text = b'''
+        store.url = "sqlite:///broker.db"
+        master.kind = "file"
+        trust = { roots = ["root.cert"], certificates = ["certificates"] }
+        verdictd = { listen = "127.0.0.1:0", attester = "device" }
+    '''
+    given: list[Any] = []
+
+    def device(certificates: Any = None) -> SimulatedAttester:
+        given.append(certificates)
+        return SimulatedAttester(platform)
+
+    monkeypatch.setattr("csvfast.broker.service.DeviceAttester", device)
+
+    async def main() -> None:
+        async with asyncio.timeout(30), Service(BrokerConfig.parse(text, tmp_path), rig.store) as service:
+            assert given == [service.broker.trust.certificates]
+            assert given != [None]
+
+    asyncio.run(main())
 
 
 def test_a_client_that_knows_no_broker_warns(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

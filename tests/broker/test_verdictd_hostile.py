@@ -286,6 +286,24 @@ def test_guessing_locks_the_guesser_out(tmp_path: Path, platform: Platform) -> N
         assert len(rig.records(outcome="denied")) == 5
 
 
+def test_who_is_locked_out_fills_no_audit_log(tmp_path: Path, platform: Platform) -> None:
+    with Rig(tmp_path, platform, limits={"failures": 5, "lock_seconds": 60.0}) as rig:
+
+        async def work() -> None:
+            host, port = rig.address  # type: ignore[misc]
+            for _ in range(50):
+                reader, writer = await asyncio.open_connection(host, port)
+                with suppress(OSError):
+                    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                    await reader.read()
+                writer.close()
+            with pytest.raises((AttestedTlsError, OSError)):
+                await rig.connect()
+
+        rig.run(work)
+        assert len(rig.records()) == 5
+
+
 def test_blobs_that_do_not_open_cost_one_record_each_version(rig: Rig) -> None:
     """A list of garbage under one key: the key is asked for once, its older versions once each."""
     for _ in range(3):

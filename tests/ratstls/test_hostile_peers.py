@@ -157,6 +157,29 @@ def test_honest_peers_in_a_flood() -> None:
     asyncio.run(main())
 
 
+def test_addresses_that_are_not_admitted() -> None:
+    async def main() -> None:
+        asked: list[str] = []
+        refusals: list[Any] = []
+
+        def admits(address: str) -> bool:
+            asked.append(address)
+            return len(asked) > 1
+
+        server = AttestedServer(
+            plain(), attested(PLATFORM), echo, on_refusal=lambda *what: refusals.append(what), admits=admits
+        )
+        async with asyncio.timeout(30), server:
+            address = await server.serve("127.0.0.1", 0)
+            with pytest.raises((AttestedTlsError, OSError)):
+                await open_connection(address, GUEST, ANYBODY)
+            await is_served(address)
+            assert all(one.startswith("127.0.0.1:") for one in asked)
+            assert [(error.stage, certificate) for _, error, certificate in refusals] == [("closed", None)]
+
+    asyncio.run(main())
+
+
 def test_the_oldest_goes_first() -> None:
     async def main() -> None:
         async with serving(handshakes=3) as (_, address, crowd, refusals):

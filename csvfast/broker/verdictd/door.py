@@ -9,7 +9,8 @@ begun must be complete within `request_seconds`, for which a timer is set only w
 A report that was seen with one key is refused with another: its binding forbids that already, this does not depend on it.
 
 Refused guests are on record. Peers that went away or were sent away before they had been judged are not: health checks and port
-scanners do that all day, and the server's log has them.
+scanners do that all day, and the server's log has them. Nor are those that are locked out: their connections end before the
+handshake, or strangers could fill the audit log with their refusals.
 
 Source: inclavare-containers/verdictd src/attestation_agent/rats_tls.rs, README.md (the listener).
 Thread-safety: one event loop.
@@ -27,7 +28,7 @@ from csvfast.broker.model import Door
 from csvfast.broker.verdictd.commands import Commands, Guest
 from csvfast.broker.verdictd.protocol import REQUEST_BYTES, JsonFrames, read_request
 from csvfast.certs.private import read_private_file
-from csvfast.errors import ArgumentError, AttestedTlsError, CsvfastError, RequestError, StateError
+from csvfast.errors import ArgumentError, AttestedTlsError, CsvfastError, LimitedError, RequestError, StateError
 from csvfast.ratstls.asynchronous import AttestedServer, ConnectionLimits
 from csvfast.ratstls.certificate import attest_certificate, make_certificate
 from csvfast.ratstls.context import Identity, TlsOptions
@@ -114,6 +115,7 @@ class VerdictdDoor:
             limits=connections,
             options=TlsOptions("1.2" if config.tls12 else "1.3", config.suites),
             on_refusal=self._refused,
+            admits=self._admits,
         )
         self._renewing: asyncio.Task[None] | None = None
         self._malformed = 0
@@ -223,6 +225,13 @@ class VerdictdDoor:
                 return await stream.receive(_READ)
         except TimeoutError:
             raise RequestError(f"request: not complete after {self._request_seconds:g} seconds") from None
+
+    def _admits(self, address: str) -> bool:
+        try:
+            self._broker.limits.check_identity(address)
+        except LimitedError:
+            return False
+        return True
 
     def _refused(self, address: str, error: AttestedTlsError, certificate: AttestedCertificate | None) -> None:
         if error.stage not in _NOT_JUDGED:
