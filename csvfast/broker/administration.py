@@ -310,7 +310,7 @@ class Administration:
         self._require(who, "audit", "read audit", None)
         if who.scope == "*":
             return self._store.iterate_audit(after=after, limit=limit, **filters)
-        found = self._store.iterate_audit(after=after, **filters)
+        found = self._store.iterate_audit(after=after, limit=None, **filters)
         return islice((one for one in found if fnmatchcase(one.record.resource, who.scope)), limit)
 
     def verify_audit(self, who: Administrator, progress: Callable[[int], None] | None = None) -> AuditVerification:

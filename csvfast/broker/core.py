@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
@@ -60,6 +62,8 @@ _log: Final = logging.getLogger(__name__)
 _NO_QUERY: Final[Mapping[str, str]] = MappingProxyType({})
 _TRIES: Final = 8  # generations that may pass by while one decision is made
 _REASON_LIMIT: Final = 1000
+_JUDGES: Final = 8  # threads for verifying that may wait
+_JUDGING: Final = 128  # guests in them and before them
 
 
 class _Case(NamedTuple):
@@ -134,6 +138,8 @@ class Broker:
         self.clock: Final = clock
         self._grounds = Grounds(store.snapshot())
         self._remote_store = not store.is_local
+        self._judges: Final = ThreadPoolExecutor(_JUDGES, "csvfast-judge")
+        self._judging: Final = threading.BoundedSemaphore(_JUDGING)
 
     # ---- What decisions rest on
 
@@ -215,9 +221,11 @@ class Broker:
 
             try:
                 if self.trust.blocking or grounds.blocking:
-                    attestation = await asyncio.to_thread(judge)
+                    attestation = await self._elsewhere(judge)
                 else:
                     attestation = judge()
+            except LimitedError:
+                raise
             except CsvfastError as error:
                 await self._deny(case, f"evidence not genuine: {error}", subject, {}, None)
             try:
@@ -228,6 +236,17 @@ class Broker:
                 continue
             return attestation
         raise UnavailableError("policies change faster than one decision can be made")
+
+    async def _elsewhere(self, judge: Callable[[], Attestation]) -> Attestation:
+        """Judges in a thread. LimitedError: too many guests wait for theirs.
+
+        The threads are not those of asyncio.to_thread: strangers can make them wait for a key server, and nobody else with them.
+        """
+        if not self._judging.acquire(blocking=False):
+            raise LimitedError(f"{_JUDGING} guests wait to be verified", 1.0)
+        judgement = self._judges.submit(judge)
+        judgement.add_done_callback(lambda _done: self._judging.release())  # not when the guest has gone: the thread is busy
+        return await asyncio.wrap_future(judgement)
 
     # ---- Resources
 
@@ -254,7 +273,7 @@ class Broker:
         for _ in range(_TRIES):
             grounds = await self._current_grounds()
             try:
-                attestation = await self._still(attestation, grounds)
+                attestation = await self._still(case, attestation, grounds)
                 subject = attestation.subject()
                 await self._require_allowed(case, attestation)
                 try:
@@ -286,14 +305,14 @@ class Broker:
             generation = attestation.generation if attestation.document else None
             await self._deny(case, reason, attestation.subject(), attestation.policy, generation)
 
-    async def _still(self, attestation: Attestation, grounds: Grounds) -> Attestation:
+    async def _still(self, case: _Case, attestation: Attestation, grounds: Grounds) -> Attestation:
         """The attestation as the grounds of now see it."""
         until = attestation.valid_until
         if attestation.generation == grounds.generation and (until is None or self.clock() < until):
             return attestation
         if not attestation.document:  # known by a token alone: what it says holds until it expires
             if until is not None and self.clock() >= until:
-                raise DeniedError("the token has expired")
+                await self._deny(case, "the token has expired", attestation.subject(), attestation.policy, None)
             return attestation
         if grounds.blocking:
             return await asyncio.to_thread(appraise_again, attestation, grounds, self.clock())
@@ -349,7 +368,8 @@ class Broker:
 
     async def _note(self, case: _Case, reason: str, subject: Mapping[str, str]) -> None:
         self._tell("limited", case, reason)
-        await self.store.committer.commit(Job((self._record(case, "denied", reason, subject, {}),), None))
+        # One guest asking as fast as it can: others' records go first.
+        await self.store.committer.commit(Job((self._record(case, "denied", reason, subject, {}),), expendable=True))
 
     @staticmethod
     def _tell(what: str, case: _Case, reason: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +21,16 @@ from csvfast.broker.master import FileMaster
 from csvfast.broker.model import ResourcePath
 from csvfast.broker.policy import default_policies
 from csvfast.broker.store import Job, Store
-from csvfast.errors import DeniedError, LengthError, LimitedError, RequestError, UnavailableError, VerificationError
+from csvfast.errors import (
+    DeniedError,
+    LengthError,
+    LimitedError,
+    RequestError,
+    UnavailableError,
+    UnknownError,
+    VerificationError,
+)
+from csvfast.report import Evidence
 
 PATH = ResourcePath("default", "key", "disk")
 NONCE = bytes(range(64))
@@ -243,6 +254,47 @@ def test_limits(tmp_path: Path, machine: SimulatedMachine, guest: SimulatedGuest
     setting.store.close()
 
 
+def test_an_expired_token_is_on_record(setting: Setting, guest: SimulatedGuest) -> None:
+    """A guest known by another issuer's token alone: nothing is left to appraise."""
+    attestation = replace(setting.attest(guest), document={}, generation=-1, valid_until=setting.now + 10)
+    assert setting.release(attestation)
+    setting.now += 11
+    denied(setting, lambda: setting.release(attestation), "expired")
+
+
+def test_guests_that_wait_for_a_key_server_keep_nobody_else_waiting(
+    setting: Setting, guest: SimulatedGuest, machine: SimulatedMachine
+) -> None:
+    """Strangers' evidence without certificates, and a key server that does not answer: no thread of others is taken."""
+    answers = threading.Event()
+
+    class Silent:
+        def find(self, _chip: str, **_more: Any) -> None:
+            answers.wait(30)
+
+    broker = Broker(setting.store, Trust(machine.roots, Silent()), setting.limits, clock=lambda: setting.now)  # type: ignore[arg-type]
+    report = guest.evidence(NONCE).report
+
+    def ask() -> Any:
+        return broker.attest(
+            Evidence(report), NONCE, encoded=b"", door="kbs", address="192.0.2.9", correlation="c0ffee"
+        )
+
+    async def main() -> list[BaseException | Any]:
+        waiting = [asyncio.ensure_future(ask()) for _ in range(128)]
+        await asyncio.sleep(0)
+        try:
+            with pytest.raises(LimitedError, match="wait to be verified"):
+                await ask()
+            async with asyncio.timeout(5):
+                await asyncio.to_thread(setting.store.look)
+        finally:
+            answers.set()
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert {type(outcome) for outcome in asyncio.run(main())} == {DeniedError}
+
+
 def test_refusals_without_end_are_on_record_and_lock_out(setting: Setting, guest: SimulatedGuest) -> None:
     for _ in range(200):
         setting.broker.record_refusal(door="verdictd", address="192.0.2.66", reason="no certificate")
@@ -334,6 +386,16 @@ def test_an_auditor_of_one_tenant(setting: Setting) -> None:
     found = list(administration.audit_records(who, limit=1000))
     assert {one.record.resource.partition("/")[0] for one in found} == {"tenant"}
     assert len(list(administration.audit_records(who, limit=1))) == 1
+
+
+def test_what_another_process_deletes_is_not_read_from_memory(setting: Setting, tmp_path: Path) -> None:
+    assert setting.administration.read_resource(LOCAL, PATH)
+    with Store.open(f"sqlite:///{tmp_path}/broker.db", FileMaster(tmp_path / "master.key")) as elsewhere:
+        Administration(elsewhere).delete_resource(LOCAL, PATH)
+    assert setting.store.cached_resource(PATH) is not None  # nothing has been heard of it yet
+    with pytest.raises(UnknownError):
+        setting.administration.read_resource(LOCAL, PATH)
+    assert last(setting).action == "delete resource"
 
 
 def test_tokens(setting: Setting) -> None:
