@@ -1,8 +1,8 @@
 """JSON from strangers: one document, read strictly or not at all.
 
-Refused: more bytes than allowed, anything but UTF-8, a byte order mark, a member that stands twice, more than 32 levels, more than
-65,536 objects and arrays, numbers beyond what a double holds exactly, NaN and infinities, halves of surrogate pairs, text after the
-document. No error repeats what was read, so none can repeat a secret.
+Refused: more bytes than allowed, anything but UTF-8, a byte order mark, a member that stands twice, more than 32 levels, more
+than 65,536 objects and arrays, numbers beyond what a double holds exactly, NaN and infinities, halves of surrogate pairs, text
+after the document. No error repeats what was read, so none can repeat a secret.
 
 Source: RFC 8259; RFC 7493 (I-JSON: unique members, numbers within 2**53, no lone surrogates).
 Thread-safety: functions without state.

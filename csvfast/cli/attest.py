@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from csvfast.cli.broker_desk import write_secret
+from csvfast.cli.broker_desk import check_output, write_secret
 from csvfast.cli.common import CommandError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def client(
         typer.Argument(metavar="BROKER", help="verdictd://HOST:PORT, https://HOST:PORT, or http://HOST:PORT on loopback."),
     ],
     path: Annotated[str, typer.Argument(metavar="PATH", help="repository/type/tag, kbs:///..., or a key id.")],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="A file of the owner's alone; '-' is a pipe.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="A new file, the owner's alone; '-' is a pipe.")],
     device: Annotated[Path | None, typer.Option(metavar="FILE", help="The guest's device. Default: /dev/csv-guest.")] = None,
     socket: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Instead: of `csvfast platform serve`, for a simulated guest.")
@@ -56,6 +56,7 @@ def client(
     freshness: Annotated[Freshness, typer.Option(help="verdictd: answer a challenge first.")] = Freshness.certificate,
 ) -> None:
     """Prove what this guest is and get a resource."""
+    check_output(output)
     attester = _attester(device, socket, vcpu_socket, handle, certificates)
     scheme, _, rest = broker.partition(":")
     if scheme == "verdictd":

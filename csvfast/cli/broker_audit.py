@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from csvfast.cli.broker_desk import Config, Json, desk, moment, shown_moment, write_secret
+from csvfast.cli.broker_desk import Config, Json, check_output, desk, moment, shown_moment, write_secret
 from csvfast.cli.common import ExitCode, console, print_json, progress
 
 __all__ = ["audit", "token"]
@@ -94,7 +94,7 @@ def create(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     roles: Annotated[list[str], typer.Option("--role", metavar="ROLE", help="keys, policy or audit; repeatable.")],
     config: Config,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the token is written (0600).")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A new file for the token (0600).")],
     scope: Annotated[str, typer.Option(metavar="GLOB", help="Resource paths it is good for.")] = "*",
     expires: Annotated[str, typer.Option(metavar="WHEN", help="30d, 12h, a UTC time, never.")] = "30d",
 ) -> None:
@@ -102,6 +102,7 @@ def create(
     from csvfast.broker.administration import LOCAL
 
     until = moment(expires, "--expires")
+    check_output(str(output))
     with desk(config) as administration:
         text = administration.create_token(LOCAL, name, roles, scope=scope, expires=until)
     write_secret(text, str(output))

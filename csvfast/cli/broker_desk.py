@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ __all__ = [
     "Config",
     "Json",
     "Path_",
+    "check_output",
     "desk",
     "directory_of",
     "moment",
@@ -127,15 +129,23 @@ def read_input(file: str) -> bytes:
     return data
 
 
+def check_output(output: str) -> None:
+    """Where a secret is to be written, before it is asked for: a new file, or standard output ("-") that is no terminal."""
+    if output != "-":
+        if os.path.lexists(output):
+            raise CommandError(f"{output}: exists; nothing was overwritten")
+    elif sys.stdout.isatty():
+        raise CommandError("the secret would appear on the terminal: expected --output FILE, or a pipe")
+
+
 def write_secret(secret: Secret, output: str) -> None:
-    """Writes a secret to a new file of its owner's alone, or to standard output ("-"), which must be no terminal."""
+    """Writes a secret to a new file of its owner's alone, or to standard output ("-"); see `check_output`."""
     from csvfast.certs.private import write_private_file
 
+    check_output(output)
     if output != "-":
         write_private_file(Path(output), memoryview(secret))
         return
-    if sys.stdout.isatty():
-        raise CommandError("the secret would appear on the terminal: expected --output FILE, or a pipe")
     stream = cast("BinaryIO", sys.stdout.buffer)
     stream.write(memoryview(secret))
     stream.flush()

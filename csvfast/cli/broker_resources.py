@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from csvfast.cli.broker_desk import Config, Json, Path_, desk, path_of, read_input, shown_moment, write_secret
+from csvfast.cli.broker_desk import (
+    Config,
+    Json,
+    Path_,
+    check_output,
+    desk,
+    path_of,
+    read_input,
+    shown_moment,
+    write_secret,
+)
 from csvfast.cli.common import CommandError, console, print_json
 
 if TYPE_CHECKING:
@@ -19,7 +29,7 @@ resource = typer.Typer(help="Resources: any content of at most 2 MiB.", no_args_
 
 _Version = Annotated[int | None, typer.Option("--version", min=1, metavar="N", help="Default: the newest.")]
 _Output = Annotated[
-    str, typer.Option("--output", "-o", metavar="FILE", help="A file of the owner's alone; '-' is a pipe.")
+    str, typer.Option("--output", "-o", metavar="FILE", help="A new file, the owner's alone; '-' is a pipe.")
 ]
 
 
@@ -99,6 +109,7 @@ def export(path: Path_, output: _Output, config: Config, version: _Version = Non
     """Read a content as the owner. It is on record."""
     from csvfast.broker.administration import LOCAL
 
+    check_output(output)
     with desk(config) as administration:
         found = administration.read_resource(LOCAL, path_of(path), version)
     write_secret(found.content, output)

@@ -111,6 +111,21 @@ def test_keys_by_version(broker: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_nothing_is_overwritten(broker: Run, tmp_path: Path) -> None:
+    broker("key", "create", "disk")
+    (tmp_path / "there").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("there", "link", "dangling"):
+        assert "exists" in broker("key", "export", "disk", "--output", name, expect=2).stderr
+        done = broker("token", "create", "carol", "--role", "keys", "--output", name, expect=2)
+        assert "exists" in done.stderr
+    assert (tmp_path / "there").read_bytes() == b"mine"
+    assert (tmp_path / "link").is_symlink()
+    assert "carol" not in broker("token", "list").stdout, "a token that nobody has would be left behind"
+    assert "read resource" not in broker("audit", "show").stdout
+
+
 def test_resources(broker: Run, tmp_path: Path) -> None:
     (tmp_path / "policy.json").write_bytes(b'{"default": []}')
     broker("resource", "put", "verdictd/image/policy", "policy.json")
