@@ -110,7 +110,7 @@ def test_wheel_is_complete(wheel):
         (points,) = (archive.read(name) for name in archive.namelist() if name.endswith("entry_points.txt"))
     extension = {name for name in names if re.fullmatch(r"csvfast/_core\..*\.so", name)}
     assert len(extension) == 1
-    suffixes = (".py", ".pyi", ".pxd", "py.typed")
+    suffixes = (".py", ".pyi", ".pxd", "py.typed", ".toml")
     wanted = {name for name in tracked() if name.startswith("csvfast/") and name.endswith(suffixes)}
     assert names - extension == wanted | {"csvfast/include/csvfast.h", "_csvfast_command.py"}
     assert header == (ROOT / "csrc/include/csvfast.h").read_bytes()
