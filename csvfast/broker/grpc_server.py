@@ -254,6 +254,7 @@ class GrpcServer:
             )
             return Caller(who, None, address, correlation, is_local)
         except RequestError as error:
+            self._broker.limits.check_identity(address)  # who is locked out does not fill the audit log
             self._broker.record_refusal(door=self.door, address=address, reason=str(error), correlation=correlation)
         except DeniedError as error:  # on record by Administration
             correlation = error.correlation

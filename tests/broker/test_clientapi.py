@@ -22,7 +22,9 @@ from csvfast.broker.clientapi import messages
 from csvfast.broker.clientapi.openpgp import find_keys, merge_keys, read_keyring, write_keyring
 from csvfast.broker.clients.clientapi import ClientApiClient
 from csvfast.broker.grpc_messages import METHODS
+from csvfast.broker.limits import LimitsConfig
 from csvfast.broker.model import ResourcePath, for_kid
+from csvfast.broker.store import Job
 from csvfast.errors import DeniedError, FormatError, RequestError, UnavailableError, UnknownError
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "openpgp"
@@ -391,3 +393,15 @@ def test_gpg_reads_what_we_keep(tmp_path: Path) -> None:
     listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert next(line.split(":")[9] for line in listed.splitlines() if line.startswith("fpr")) == ONE_PRINT
     assert TWO_PRINT in listed
+
+
+def test_who_is_locked_out_fills_no_audit_log(tmp_path: Path) -> None:
+    with GrpcBroker(tmp_path, limits=LimitsConfig(failures=3)) as broker:
+        with grpc.insecure_channel(broker.serve_api()) as channel:
+            call = channel.unary_unary("/clientapi.KeyManagerService/CreateKey")
+            for code in [grpc.StatusCode.UNAUTHENTICATED] * 3 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3:
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(b"", metadata=(("authorization", "Basic x"),), timeout=10)
+                assert caught.value.code() is code
+        broker.store.committer.run(Job())
+        assert len(broker.records(outcome="denied")) == 3

@@ -510,6 +510,19 @@ def test_garbage_for_a_challenge_locks_out(tmp_path: Path, machine: SimulatedMac
         assert "too many" in refused(wire.attest(), "AttestationError")
 
 
+def test_guessing_locks_an_attested_guest_out(tmp_path: Path, machine: SimulatedMachine, guest: SimulatedGuest) -> None:
+    with KbsRig(tmp_path, machine.roots, failures=3, failure_window=60, lock_seconds=60) as rig:
+        rig.register(guest)
+        wire = Wire(rig, guest)
+        wire.auth()
+        assert wire.attest()[0] == 200
+        for number in range(3):
+            assert "not allowed" in refused(wire.resource(f"default/key/guess-{number}"), "PolicyDeny")
+        assert "too many" in refused(wire.resource("default/key/guess-4"), "TokenNotFound")
+        assert "too many" in refused(wire.resource(), "TokenNotFound")
+        assert len(rig.records(action="release")) == 3
+
+
 def test_limits(tmp_path: Path, machine: SimulatedMachine, guest: SimulatedGuest) -> None:
     with KbsRig(tmp_path, machine.roots, request_rate=1, request_burst=2, release_rate=0.01, release_burst=2) as rig:
         rig.register(guest)

@@ -161,6 +161,8 @@ class KbsApp:
             if session is None:
                 self.broker.limits.check_request(address)
                 session = await self._find(call)
+            else:  # it has limits of its own, but a lock-out holds for everybody
+                self.broker.limits.check_identity(address)
             variant = "PolicyDeny"
             resource = await self.broker.release(
                 session.attestation, path, door=Door.KBS, address=address, correlation=correlation, query=query
