@@ -8,7 +8,7 @@
 Each level is AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce and names in its associated data what it belongs to: the
 KEK its id, time and master key; the data key its KEK, resource path and version; the content its path and version. So a record
 moved to another place, cut or altered fails as a forged one does, with AuthenticationError. What this cannot show: that a record
-is missing, or that a deleted one was put back while its KEK is still there.
+is missing, that a deleted one was put back while its KEK is still there, or that a retired version is marked as active again.
 
 A sealed record: b"csvk", format 1 (1 byte), nonce (12), ciphertext (as long as the plaintext), tag (16).
 

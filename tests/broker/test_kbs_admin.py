@@ -20,6 +20,7 @@ from jwcrypto import jwt as other_jwt
 
 from csvfast.broker.administration import LOCAL, Administration, Administrator
 from csvfast.broker.clients.administration import KbsAdministration, Tls
+from csvfast.broker.clients.http import HttpConnection
 from csvfast.broker.kbs.admin_tokens import AdministratorKey, AdministratorTokens
 from csvfast.broker.model import ResourcePath
 from csvfast.broker.policy import default_policies
@@ -292,6 +293,10 @@ def test_client_certificates(tmp_path: Path) -> None:
         mine = Tls(files.ca, None, files.client, files.client_key)
         with KbsAdministration(rig.url, wrong, tls=mine) as desk, pytest.raises(DeniedError):
             desk.put_resource(LOCAL, PATH, b"x")
+        # A page in the administrator's browser.
+        with HttpConnection(rig.url, tls=mine) as browser:
+            for headers, status in (({}, 200), ({"Origin": "https://elsewhere.example"}, 401), ({"Origin": "null"}, 401)):
+                assert browser.request("POST", f"/kbs/v0/resource/{PATH}", b"x", headers).status == status
         pin = hashlib.sha256(files.der).hexdigest()
         with KbsAdministration(rig.url, tls=Tls(pin=pin, certificate=files.client, key=files.client_key)) as desk:
             assert desk.list_resources(LOCAL)[0].path == PATH
