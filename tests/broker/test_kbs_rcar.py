@@ -9,6 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from jwcrypto import jwt as other_jwt
 from csvfast.broker.administration import LOCAL
 from csvfast.broker.clients.kbs import KbsClient, new_guest_key
 from csvfast.broker.kbs.jwk import jwk_of
+from csvfast.broker.kbs.rcar import Rcar
 from csvfast.broker.kbs.report_data import report_data
 from csvfast.broker.model import ResourcePath
-from csvfast.errors import DeniedError, UnavailableError
+from csvfast.errors import DeniedError, LimitedError, UnavailableError
 from csvfast.report import Evidence
 
 ERRORS = "https://github.com/confidential-containers/kbs/errors/"
@@ -521,6 +523,28 @@ def test_guessing_locks_an_attested_guest_out(tmp_path: Path, machine: Simulated
         assert "too many" in refused(wire.resource("default/key/guess-4"), "TokenNotFound")
         assert "too many" in refused(wire.resource(), "TokenNotFound")
         assert len(rig.records(action="release")) == 3
+
+
+def test_one_address_does_not_hold_all_challenges(rig: KbsRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csvfast.broker.kbs.rcar._OPEN_LIMIT", 40)
+    rcar = Rcar(rig.broker, rig.issuer)
+    body = json.dumps({"version": "0.4.0", "tee": "csv", "extra-params": ""}).encode()
+
+    def granted(address: str, tries: int) -> int:
+        count = 0
+        for _ in range(tries):
+            with suppress(LimitedError):
+                rig.thread.run(rcar.challenge(body, address))
+                count += 1
+        return count
+
+    assert granted("192.0.2.1", 60) == 20
+    assert granted("192.0.2.2", 5) == 2, "a 20th of all is left to everybody"
+    assert granted("192.0.2.3", 5) == 2
+    assert sum(granted(f"198.51.100.{number}", 2) for number in range(20)) == 16, "and all of them are no more than allowed"
+    rig.skew += 301
+    assert granted("192.0.2.1", 60) == 20
+    assert len(rcar._held) == 1
 
 
 def test_limits(tmp_path: Path, machine: SimulatedMachine, guest: SimulatedGuest) -> None:

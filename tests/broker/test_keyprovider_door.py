@@ -151,6 +151,18 @@ def test_packets_outlive_a_rotation_until_their_version_is_retired(broker: GrpcB
             client.unwrap(second)
 
 
+def test_a_guest_opens_packets_older_than_a_retired_version(broker: GrpcBroker) -> None:
+    old = wrapped(broker, broker.put_key())
+    second = wrapped(broker, broker.put_key())
+    broker.put_key()
+    broker.administration.retire_resource(LOCAL, KEK, 2)
+    token, key = broker.guest_token()
+    with KeyProviderClient(broker.serve_keys(), token=token, guest_key=key) as client:
+        assert plain(client.unwrap(old)) == OPTIONS
+        with pytest.raises(RequestError, match="does not open"):
+            client.unwrap(second)
+
+
 def test_counter_mode_is_refused(broker: GrpcBroker) -> None:
     broker.put_key()
     counter = "AAAAAAAAAAAAAAAAAAAAAA=="

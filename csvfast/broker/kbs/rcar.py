@@ -19,7 +19,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -29,6 +29,7 @@ from csvfast.broker.kbs.ear import SESSION, TEE_KEY, TokenIssuer, guest_key_in
 from csvfast.broker.kbs.init_data import read_init_data
 from csvfast.broker.kbs.jwk import GuestKey
 from csvfast.broker.kbs.report_data import report_data
+from csvfast.broker.limits import network_of
 from csvfast.broker.model import Door
 from csvfast.broker.policy import Decision
 from csvfast.errors import ConflictError, DeniedError, FormatError, LimitedError, RequestError, UnknownError
@@ -49,6 +50,7 @@ _AUTH_LIMIT: Final = 16 << 10
 _ATTEST_LIMIT: Final = 2 << 20
 _ADDITIONAL_LIMIT: Final = 1 << 20
 _OPEN_LIMIT: Final = 100_000  # challenges handed out by this broker and not yet expired
+_SHARE: Final = 20  # when half of them are, the part of one address that holds more than a 20th of all waits
 _ID_CHARACTERS: Final = frozenset("0123456789abcdef")
 
 
@@ -96,7 +98,8 @@ class Rcar:
         self._clock = broker.clock
         self._cached = cached
         self._attested: OrderedDict[str, Session] = OrderedDict()
-        self._open: deque[float] = deque()
+        self._open: deque[tuple[float, str]] = deque()  # when it expires, whose it is
+        self._held: Counter[str] = Counter()
 
     # ---- auth
 
@@ -115,17 +118,26 @@ class Rcar:
         if tee not in TEES:
             raise RequestError(f"{what}: this tee is not verified here; expected {', '.join(sorted(TEES))}")
         now = self._clock()
-        while self._open and self._open[0] <= now:
-            self._open.popleft()
-        if len(self._open) >= _OPEN_LIMIT:
-            raise LimitedError("too many open challenges", self._open[0] - now)
+        place = network_of(address)
+        self._close_expired(now)
+        count = len(self._open)
+        if count >= _OPEN_LIMIT or (count >= _OPEN_LIMIT // 2 and self._held[place] >= _OPEN_LIMIT // _SHARE):
+            raise LimitedError("too many open challenges", self._open[0][0] - now)
         challenge = Challenge(
             secrets.token_hex(16), base64.b64encode(secrets.token_bytes(_NONCE_BYTES)).decode("ascii"), now + self.seconds
         )
-        self._open.append(challenge.expires)
+        self._open.append((challenge.expires, place))
+        self._held[place] += 1
         job = self._store.sessions.create_job(_digest(challenge.session_id), challenge.nonce, tee, challenge.expires)
         await self._store.committer.commit(job)
         return challenge
+
+    def _close_expired(self, now: float) -> None:
+        while self._open and self._open[0][0] <= now:
+            _expires, place = self._open.popleft()
+            self._held[place] -= 1
+            if not self._held[place]:
+                del self._held[place]
 
     # ---- attest
 
