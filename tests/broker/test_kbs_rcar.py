@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import http.client
@@ -24,6 +25,7 @@ from jwcrypto import jwt as other_jwt
 
 from csvfast.broker.administration import LOCAL
 from csvfast.broker.clients.kbs import KbsClient, new_guest_key
+from csvfast.broker.kbs.asgi import Call
 from csvfast.broker.kbs.jwk import jwk_of
 from csvfast.broker.kbs.rcar import Rcar
 from csvfast.broker.kbs.report_data import report_data
@@ -576,6 +578,24 @@ def test_nothing_is_released_when_nothing_can_be_recorded(
     refused(Wire(rig, guest).auth(), "AttestationError")
     monkeypatch.undo()
     assert wire.resource()[0] == 200
+
+
+def test_many_questions_about_health_are_one_transaction(rig: KbsRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, count = rig.store.committer.commit, 0
+
+    async def counted(job: Any) -> Any:
+        nonlocal count
+        count += 1
+        return await commit(job)
+
+    monkeypatch.setattr(rig.store.committer, "commit", counted)
+
+    async def ask() -> list[int]:
+        call = Call({"headers": []}, None, "0" * 16)  # type: ignore[arg-type]
+        return [reply.status for reply in await asyncio.gather(*(rig.app._healthz(call) for _ in range(50)))]
+
+    assert rig.thread.run(ask()) == [200] * 50
+    assert count == 1
 
 
 def test_health_and_metrics(rig: KbsRig, guest: SimulatedGuest) -> None:

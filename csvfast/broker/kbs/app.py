@@ -228,6 +228,7 @@ class KbsApp:
         checked, healthy = self._health
         now = time.monotonic()
         if now - checked > _HEALTH_SECONDS:
+            self._health = (now, healthy)  # who asks meanwhile gets the answer of before, and costs no transaction
             try:
                 # A change of nothing is written all the same: the database can be reached, and its disk is not full.
                 await asyncio.wait_for(self.broker.store.committer.commit(Job(apply=_change_nothing)), _HEALTH_DEADLINE)
