@@ -64,14 +64,17 @@ _log: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Administrator:
-    """Who asks: a name for the records, roles, and a glob that resource paths must match."""
+    """Who asks: a name for the records, roles, and a glob that resource paths must match; until when, None: for ever."""
 
     name: str
     roles: frozenset[str]
     scope: str = "*"
     address: str = ""
     door: str = Door.ADMINISTRATION
+    expires: float | None = None
 
+
+_RESERVED: Final = ("guest", "local", "nobody")  # names of others in records
 
 LOCAL: Final = Administrator("local", ROLES)
 """Whoever can open the store and its master key on this machine."""
@@ -113,7 +116,7 @@ class Administration:
         if token is not None:
             found = self._store.find_token(token)
             if found is not None:
-                return Administrator(found.name, frozenset(found.roles), found.scope, address, door)
+                return Administrator(found.name, frozenset(found.roles), found.scope, address, door, found.expires)
         elif certificate is not None and (known := self._certificates.get(certificate.lower())) is not None:
             return Administrator(known.name, known.roles, known.scope, address, door)
         if self._limits is not None:
@@ -270,9 +273,11 @@ class Administration:
     ) -> Secret:
         """A new token's text, which exists only here; the store keeps its hash.
 
-        An administrator gives no role and no scope that he has not himself.
+        An administrator gives no role, no scope and no time that he has not himself. Revoking his token leaves those he gave.
         """
         _check_name("token", name)
+        if name in _RESERVED:
+            raise RequestError(f"token {name!r}: expected another name, records use this one")
         wanted = frozenset(roles)
         if not wanted or not wanted <= ROLES:
             raise RequestError(f"roles {', '.join(sorted(wanted)) or 'none'}: expected some of {', '.join(sorted(ROLES))}")
@@ -280,6 +285,8 @@ class Administration:
             self._require(who, role, "create token", None)
         if who.scope not in ("*", scope):
             raise self._refused(who, "create token", f"scope {scope!r} is not his own, {who.scope!r}")
+        if who.expires is not None:
+            expires = who.expires if expires is None else min(expires, who.expires)
         record = self._record(who, "create token", None, reason=f"{name}: {', '.join(sorted(wanted))}; scope {scope}")
         return self._store.create_token(name, sorted(wanted), scope, expires, record)
 

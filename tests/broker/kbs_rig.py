@@ -150,6 +150,7 @@ class Certificates:
         paths = directory / f"{name}.pem", directory / f"{name}.key"
         paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
         paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        paths[1].chmod(0o600)
         return *paths, certificate.public_bytes(Encoding.DER)
 
 

@@ -415,6 +415,18 @@ def test_tokens(setting: Setting) -> None:
     administration.revoke_token(LOCAL, "bob")
 
 
+def test_a_token_gives_none_that_outlives_it(setting: Setting) -> None:
+    administration = setting.administration
+    text = bytes(administration.create_token(LOCAL, "alice", ["keys"], expires=setting.now + 10)).decode()
+    alice = administration.authenticate(text)
+    for name, wanted in (("child", None), ("other", setting.now + 1000)):
+        given = bytes(administration.create_token(alice, name, ["keys"], expires=wanted)).decode()
+        assert administration.authenticate(given).expires == setting.now + 10
+    for name in ("local", "guest", "nobody"):
+        with pytest.raises(RequestError, match="another name"):
+            administration.create_token(LOCAL, name, ["keys"])
+
+
 def test_certificates_of_administrators(setting: Setting) -> None:
     known = Administrator("carol", frozenset(["audit"]))
     administration = Administration(setting.store, certificates={"ab" * 32: known})

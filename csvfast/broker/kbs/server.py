@@ -27,6 +27,7 @@ from csvfast.broker.config import Address
 from csvfast.broker.kbs.metrics import Metrics
 from csvfast.broker.kbs.protocol import Connection, ConnectionTable, HttpLimits, KbsProtocol
 from csvfast.broker.model import Door
+from csvfast.certs.private import read_private_file
 from csvfast.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -40,15 +41,19 @@ _SWEEP_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 5.0
 _ACCEPT_PAUSE: Final = 0.05
 _BACKLOG: Final = 1024
+_KEY_LIMIT: Final = 64 << 10
 _log: Final = logging.getLogger(__name__)
 
 
 def tls_context(certificate: Path, key: Path, client_ca: Path | None = None) -> ssl.SSLContext:
     """A server's context from PEM files.
 
-    In: client_ca   CAs of client certificates; None: no certificate is asked for
-    OSError, ssl.SSLError.
+    In: key         its owner's alone
+        client_ca   CAs of client certificates; None: no certificate is asked for
+    StateError: the key's file is missing or open to others. OSError, ssl.SSLError.
     """
+    found = read_private_file(key.parent, key.name, _KEY_LIMIT)  # OpenSSL reads it again, and asks nothing
+    found[:] = bytes(len(found))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
