@@ -14,6 +14,7 @@ Thread-safety: one event loop; `record_refusal` and the judges may be used from 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import threading
 import time
@@ -46,6 +47,7 @@ from csvfast.errors import (
     VerificationError,
 )
 from csvfast.ratstls.claims import report_data_of
+from csvfast.ratstls.recent import Recent
 
 if TYPE_CHECKING:
     from csvfast.attest import Verified
@@ -82,6 +84,9 @@ class GuestJudge:
     def __init__(self, broker: Broker, door: str) -> None:
         self._broker = broker
         self.door: Final = door
+        # What guests that were allowed have proved: it holds for the same bytes. What it is worth is decided anew as soon as
+        # anything has changed that an appraisal rests on.
+        self._known: Recent[tuple[Verified, Attestation]] = Recent()
 
     @property
     def blocking(self) -> bool:
@@ -93,12 +98,19 @@ class GuestJudge:
         buffer, evidence = certificate.buffer, certificate.evidence
         if buffer is None or evidence is None:
             raise VerificationError("evidence", "the certificate carries none")
+        known = self._known.find(_proof(certificate))
+        if known is not None:
+            return known[0]
         return verify_guest(self._broker.trust, evidence, report_data_of(buffer.claims))
 
     def appraise(self, verified: Verified, certificate: AttestedCertificate) -> JudgedAppraisal:
         """Is it allowed, by the appraisal policy?"""
         broker, buffer = self._broker, certificate.buffer
         assert buffer is not None
+        proof = _proof(certificate)
+        known = self._known.find(proof)
+        if known is not None and known[0] is verified and broker.holds(known[1]):
+            return judged(known[1])
         custom = {} if certificate.claims is None else {name: value.hex() for name, value in certificate.claims.custom.items()}
 
         def judge(grounds: Grounds) -> Attestation:
@@ -117,7 +129,16 @@ class GuestJudge:
             grounds = broker.grounds(look=True)
             if grounds.generation != attestation.generation:
                 attestation = judge(grounds)
+        if attestation.allowed:
+            self._known.keep(proof, (verified, attestation))
         return judged(attestation)
+
+
+def _proof(certificate: AttestedCertificate) -> bytes:
+    """All that a judgement rests on: key, claims, evidence. Not the certificate: fresh evidence comes without a new one."""
+    buffer = certificate.buffer
+    assert buffer is not None
+    return b"".join((certificate.spki_sha256, hashlib.sha256(buffer.claims).digest(), buffer.raw))
 
 
 class Broker:
@@ -304,6 +325,11 @@ class Broker:
             # A guest known by another issuer's token alone was judged under no generation of ours.
             generation = attestation.generation if attestation.document else None
             await self._deny(case, reason, attestation.subject(), attestation.policy, generation)
+
+    def holds(self, attestation: Attestation) -> bool:
+        """Whether an appraisal is still what it would be now, as far as this process knows: `release` finds out for certain."""
+        until = attestation.valid_until
+        return attestation.generation == self.grounds().generation and (until is None or self.clock() < until)
 
     async def _still(self, case: _Case, attestation: Attestation, grounds: Grounds) -> Attestation:
         """The attestation as the grounds of now see it."""

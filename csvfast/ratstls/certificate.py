@@ -75,6 +75,7 @@ __all__ = [
     "Layout",
     "attest_certificate",
     "check_binding",
+    "check_validity",
     "make_certificate",
     "raw_evidence",
     "read_certificate",
@@ -302,11 +303,7 @@ def check_binding(certificate: AttestedCertificate, *, now: datetime | None = No
         skew   seconds by which the peer's clock may be off
     AttestedTlsError (stage "binding"): the first check that fails.
     """
-    moment, margin = now or datetime.now(UTC), timedelta(seconds=skew)
-    if moment + margin < certificate.not_valid_before:
-        raise _refusal(f"not valid before {certificate.not_valid_before:%Y-%m-%d %H:%M:%S} UTC; it is {moment:%Y-%m-%d %H:%M:%S}")
-    if moment - margin > certificate.not_valid_after:
-        raise _refusal(f"not valid after {certificate.not_valid_after:%Y-%m-%d %H:%M:%S} UTC; it is {moment:%Y-%m-%d %H:%M:%S}")
+    check_validity(certificate, now=now, skew=skew)
     claims, evidence = certificate.claims, certificate.evidence
     if claims is not None or evidence is not None:
         if claims is None or evidence is None:
@@ -317,6 +314,15 @@ def check_binding(certificate: AttestedCertificate, *, now: datetime | None = No
             raise _refusal("the report's user data is not SHA-256 of the claims followed by 32 zero bytes")
     if not verify_signature(certificate.public_key, certificate.signature, certificate.signed):
         raise _refusal("the certificate's signature is not that of its own key")
+
+
+def check_validity(certificate: AttestedCertificate, *, now: datetime | None = None, skew: float = SKEW) -> None:
+    """The one part of `check_binding` whose answer changes with time."""
+    moment, margin = now or datetime.now(UTC), timedelta(seconds=skew)
+    if moment + margin < certificate.not_valid_before:
+        raise _refusal(f"not valid before {certificate.not_valid_before:%Y-%m-%d %H:%M:%S} UTC; it is {moment:%Y-%m-%d %H:%M:%S}")
+    if moment - margin > certificate.not_valid_after:
+        raise _refusal(f"not valid after {certificate.not_valid_after:%Y-%m-%d %H:%M:%S} UTC; it is {moment:%Y-%m-%d %H:%M:%S}")
 
 
 def _refusal(message: str) -> AttestedTlsError:

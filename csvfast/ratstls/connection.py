@@ -166,6 +166,8 @@ class AttestedConnection:
             accepted = verified is not None and appraisal is not None and appraisal.allowed
         if not accepted:
             self._fail("appraise", "no judgement that allows the peer")
+        if certificate is not None:
+            self._context.known.keep(certificate.der, certificate)
         connection = self._connection
         self._peer = Peer(
             certificate,

@@ -31,10 +31,12 @@ from csvfast.ratstls.certificate import (
     SKEW,
     attest_certificate,
     check_binding,
+    check_validity,
     make_certificate,
     read_certificate,
 )
 from csvfast.ratstls.keys import TlsKey
+from csvfast.ratstls.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,7 +134,15 @@ class Examination:
         self.error: AttestedTlsError | None = None
         self._seen = False
 
-    def examine(self, x509_object: crypto.X509, errno: int, depth: int, requirement: Requirement, options: TlsOptions) -> bool:
+    def examine(
+        self,
+        x509_object: crypto.X509,
+        errno: int,
+        depth: int,
+        requirement: Requirement,
+        options: TlsOptions,
+        known: Recent[AttestedCertificate],
+    ) -> bool:
         """One call of the callback. OpenSSL calls for each of its findings, then once more: the certificate is read once."""
         if self.error is not None:
             return False
@@ -142,28 +152,37 @@ class Examination:
             return self.certificate is not None
         self._seen = True
         encoded = crypto.dump_certificate(crypto.FILETYPE_ASN1, x509_object)
-        try:
-            certificate = read_certificate(encoded)
-        except FormatError as error:
-            raise AttestedTlsError("certificate", str(error)) from None
+        certificate = known.find(encoded)
+        if certificate is not None:
+            check_validity(certificate, skew=options.skew)
+        else:
+            try:
+                certificate = read_certificate(encoded)
+            except FormatError as error:
+                raise AttestedTlsError("certificate", str(error)) from None
+            check_binding(certificate, skew=options.skew)
         if options.suites == "sm" and certificate.key_kind != "sm2":
             raise AttestedTlsError("certificate", f"a {certificate.key_kind} key; expected an SM2 key")
-        check_binding(certificate, skew=options.skew)
         requirement.check_shown(certificate)
         self.certificate = certificate
         return True
 
 
 class EndpointContext:
-    """One endpoint's TLS context. Made by `server` or `client`; AttestedConnection makes connections of it."""
+    """One endpoint's TLS context. Made by `server` or `client`; AttestedConnection makes connections of it.
 
-    __slots__ = ("context", "identity", "is_server", "options", "requirement")
+    known   certificates of peers that were accepted: the same bytes are read and their binding is checked once. Their validity is
+            looked at, and the peer is judged, each time
+    """
+
+    __slots__ = ("context", "identity", "is_server", "known", "options", "requirement")
 
     def __init__(self, identity: Identity | None, requirement: Requirement, options: TlsOptions, is_server: bool) -> None:
         self.identity: Final = identity
         self.requirement: Final = requirement
         self.options: Final = options
         self.is_server: Final = is_server
+        self.known: Final[Recent[AttestedCertificate]] = Recent()
         self.context: Final = self._build()
         if requirement.is_open:
             _log.warning("peers of this TLS %s are not attested: anybody is accepted", "server" if is_server else "client")
@@ -207,14 +226,14 @@ class EndpointContext:
         mode = SSL.VERIFY_NONE
         if self.requirement.asks_certificate:
             mode = SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT
-        requirement, options = self.requirement, self.options
+        requirement, options, known = self.requirement, self.options, self.known
 
         def examine(connection: SSL.Connection, x509_object: crypto.X509, errno: int, depth: int, _ok: int) -> bool:
             examination = connection.get_app_data()
             if not isinstance(examination, Examination):
                 return False
             try:
-                return examination.examine(x509_object, errno, depth, requirement, options)
+                return examination.examine(x509_object, errno, depth, requirement, options, known)
             except AttestedTlsError as error:
                 examination.error = bare(error)
             except Exception as error:

@@ -30,6 +30,8 @@ from csvfast.errors import (
     UnknownError,
     VerificationError,
 )
+from csvfast.ratstls.certificate import AttestedCertificate, attest_certificate, read_certificate, read_raw_evidence
+from csvfast.ratstls.keys import TlsKey
 from csvfast.report import Evidence
 
 PATH = ResourcePath("default", "key", "disk")
@@ -302,6 +304,54 @@ def test_refusals_without_end_are_on_record_and_lock_out(setting: Setting, guest
         setting.limits.check_request("192.0.2.66")
     assert setting.attest(guest).allowed
     assert sum(entry.record.address == "192.0.2.66" for entry in setting.store.iterate_audit()) == 200
+
+
+# ---- Guests that come back
+
+
+def certificate_of(guest: SimulatedGuest) -> AttestedCertificate:
+    return read_certificate(attest_certificate(TlsKey.generate(), guest))
+
+
+def test_what_was_proved_holds_for_the_same_bytes_alone(
+    setting: Setting, guest: SimulatedGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = setting.broker.judge("verdictd")
+    certificate = certificate_of(guest)
+    verified = judge.verify(certificate)
+    first = judge.appraise(verified, certificate)
+    assert first.allowed
+    again = read_certificate(certificate.der)
+    assert judge.verify(again) is verified
+    assert judge.appraise(verified, again).attestation is first.attestation
+    # Fresh evidence on the same connection comes with the same certificate: it must be looked at.
+    buffer = certificate.buffer
+    assert buffer is not None
+    at = 0xC0  # the report's signature
+    forged = buffer.raw[:at] + bytes([buffer.raw[at] ^ 1]) + buffer.raw[at + 1 :]
+    for changed in (
+        replace(certificate, buffer=replace(buffer, raw=forged), evidence=read_raw_evidence(forged)),
+        replace(certificate, buffer=replace(buffer, claims=buffer.claims[:-1] + bytes([buffer.claims[-1] ^ 1]))),
+    ):
+        with pytest.raises(VerificationError):
+            judge.verify(changed)
+    monkeypatch.setattr("csvfast.broker.core.verify_guest", lambda *_arguments: 1 / 0)
+    assert judge.verify(again) is verified
+    with pytest.raises(ZeroDivisionError):
+        judge.verify(certificate_of(guest))
+
+
+def test_what_it_is_worth_is_decided_anew(setting: Setting, guest: SimulatedGuest) -> None:
+    judge = setting.broker.judge("verdictd")
+    certificate = certificate_of(guest)
+    verified = judge.verify(certificate)
+    assert judge.appraise(verified, certificate).allowed
+    setting.administration.put_reference(LOCAL, "csv_measure", ["00" * 32], None)
+    assert not judge.appraise(verified, certificate).allowed
+    setting.administration.put_reference(LOCAL, "csv_measure", [guest.measure.hex()], setting.now + 10)
+    assert judge.appraise(verified, certificate).allowed
+    setting.now += 11
+    assert not judge.appraise(verified, certificate).allowed
 
 
 # ---- Administration
