@@ -47,7 +47,7 @@ QUEUE_LIMIT: Final = 10_000
 BATCH_LIMIT: Final = 512
 """Jobs in one transaction."""
 
-PACE: Final = 0.005
+PACE: Final = 0.008
 """Seconds from the start of one transaction to that of the next while several callers write."""
 
 _ROWS: Final = 128  # records in one INSERT: SQLite lets other threads run, and waits for them, once a statement
