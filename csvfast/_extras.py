@@ -13,9 +13,16 @@ def need(extra: str, *modules: str) -> None:
     """Raises MissingExtraError, naming the `pip install` to type, unless every module can be imported.
 
     In: extra     name of the extra in pyproject.toml, e.g. "ratstls"
-        modules   top-level import names, e.g. "OpenSSL", "cbor2"
+        modules   import names, e.g. "OpenSSL", "google.protobuf"
     Nothing is imported here. Thread-safe.
     """
-    missing = [name for name in modules if find_spec(name) is None]
+    missing = [name for name in modules if not _is_there(name)]
     if missing:
         raise MissingExtraError(f"{', '.join(missing)} not installed: pip install 'csvfast[{extra}]'")
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
