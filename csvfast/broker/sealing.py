@@ -282,6 +282,7 @@ def _check_row(row: KeyRow) -> None:
 
 
 def _wrap(master: MasterKey, key: Secret, name: str, created: float) -> KeyRow:
+    created = round(created * 1_000_000) / 1_000_000  # what is bound below survives a database that keeps decimal text
     return KeyRow(name, master.identity, created, master.wrap(key, _kek_data(name, master.identity, created)))
 
 

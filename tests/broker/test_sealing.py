@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -341,9 +342,12 @@ def test_new_key_is_current_although_the_clock_went_back(monkeypatch: pytest.Mon
     assert KeyRing.open(random.sample(rotated.rows, 2), own).current == rotated.current
 
 
-def test_times_survive_a_database() -> None:
-    """REAL and DOUBLE PRECISION keep a float; one that comes back by way of decimal text of 15 digits is the same microsecond."""
+@pytest.mark.parametrize("step", range(8))
+def test_times_survive_a_database(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """REAL and DOUBLE PRECISION keep a float; one that comes back by way of decimal text is the same microsecond, also when the
+    clock gave a time halfway between two of them."""
     own = master()
+    monkeypatch.setattr(time, "time", lambda: 1795759999.5 + step * 2.0**-22)
     row = KeyRing.create(own).current
     assert KeyRing.open([row._replace(created=float(f"{row.created:.6f}"))], own).current.id == row.id
 

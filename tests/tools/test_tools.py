@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,3 +96,41 @@ def test_demo_guest_without_real_boot_files(tmp_path: Path, monkeypatch: pytest.
     assert "generated firmware, 4 MiB" in text
     assert text.count("holds") == 6
     assert "FAILS" not in text
+
+
+def runner(tmp_path: Path) -> Any:
+    """tools/run_tests.py as a module whose project is an empty folder."""
+    specification = importlib.util.spec_from_file_location("run_tests_script", ROOT / "tools" / "run_tests.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "run_tests_script", module)
+        specification.loader.exec_module(module)
+    module.ROOT = tmp_path
+    return module
+
+
+@pytest.mark.parametrize(("late", "wrong", "expected"), [(1, 0, "passed"), (3, 0, "passed"), (4, 0, "failed"), (1, 1, "failed")])
+def test_only_what_passes_alone_was_late(
+    tmp_path: Path, late: int, wrong: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = runner(tmp_path)
+    lines = [
+        "import pathlib, pytest",
+        f"@pytest.mark.parametrize('number', range({late}))",
+        "def test_late(number):",
+        "    mark = pathlib.Path(__file__).with_name(f'mark{number}')",
+        "    before = mark.exists()",
+        "    mark.touch()",
+        "    assert before",
+        *(["def test_wrong():", "    assert False"] if wrong else []),
+    ]
+    (tmp_path / "test_it.py").write_text("\n".join(lines))
+    command = [*module.PYTEST, "-o", "cache_dir=build/pytest-it", "-c", os.devnull, "--rootdir", str(tmp_path), "test_it.py"]
+    stage = module.Stage("it", "some tests", [command], environment={"PYTHONPATH": str(ROOT / "tests")})
+    outcome = module.run_stage(stage, [])
+    assert outcome.state == "failed"
+    module.repeat_alone(outcome)
+    assert outcome.state == expected, capsys.readouterr().out
+    assert ("UNSTEADY" in outcome.detail) == (expected == "passed")

@@ -40,6 +40,8 @@ __all__ = ["HttpLimits", "KbsServer", "tls_context"]
 _SWEEP_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 5.0
 _ACCEPT_PAUSE: Final = 0.05
+_GOODBYE_ROUNDS: Final = 100
+_GOODBYE_PAUSE: Final = 0.01
 _BACKLOG: Final = 1024
 _KEY_LIMIT: Final = 64 << 10
 _log: Final = logging.getLogger(__name__)
@@ -147,7 +149,10 @@ class KbsServer:
             open_connection.transport.abort()
         await _cancel(self._sweeper)
         await asyncio.gather(*self._handshakes, *self._state.tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # connections that were aborted say so in the next round
+        for _ in range(_GOODBYE_ROUNDS):  # connections that were aborted say so in a later round
+            if not self._state.connections:
+                break
+            await asyncio.sleep(_GOODBYE_PAUSE)
         if self._requested.path is not None:
             self._requested.path.unlink(missing_ok=True)
 
