@@ -43,6 +43,40 @@ fetch_boot_files() {
 }
 fetch_boot_files
 
+fetch_guest_files() { # what `csvfast vm` boots: Debian's kernel for clouds, the modules that its guests load, a static busybox
+    [ -f "$boot/vmlinuz" ] && [ -f "$boot/busybox" ] && [ -f "$boot/modules/virtio_console.ko" ] && return 0
+    if ! command -v apt-get >/dev/null 2>&1 || ! command -v dpkg-deb >/dev/null 2>&1; then
+        echo "test tools: no Debian packages here, the virtual machines' tests will be skipped" >&2
+        return 0
+    fi
+    kernel_of() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1; }
+    kernel=$(kernel_of || true)
+    if [ -z "$kernel" ] && [ "$(id -u)" = 0 ]; then
+        apt-get update -qq || true
+        kernel=$(kernel_of || true)
+    fi
+    work=$(mktemp -d)
+    chmod 777 "$work" # root's apt-get downloads as another user
+    if [ -n "$kernel" ] && (cd "$work" && apt-get download -qq busybox-static "$kernel" >/dev/null) &&
+        (cd "$work" && for package in *.deb; do dpkg-deb -x "$package" tree || exit 1; done) &&
+        mkdir -p "$work/modules" && find "$work/tree" \( -path '*/drivers/virtio/*.ko*' -o -path '*/fs/fuse/*.ko*' \
+        -o -name 'virtio_console.ko*' -o -name 'virtio-rng.ko*' -o -name 'virtio_blk.ko*' -o -name 'overlay.ko*' \) \
+        -exec cp {} "$work/modules/" \; && { xz -dq "$work"/modules/*.ko.xz 2>/dev/null || true; }; then # Debian 13 packs them
+        mkdir -p "$boot"
+        for file in "$work"/tree/boot/vmlinuz-* "$work"/tree/bin/busybox "$work"/tree/usr/bin/busybox; do
+            [ -f "$file" ] || continue
+            name=${file##*/}
+            cp "$file" "$boot/.part" && mv "$boot/.part" "$boot/${name%%-*}"
+        done
+        chmod 755 "$work/modules" && rm -rf "$boot/modules" && cp -R "$work/modules" "$boot/modules.part" && mv "$boot/modules.part" "$boot/modules"
+        echo "test tools: guest files in $boot"
+    else
+        echo "test tools: the guests' kernel and busybox could not be downloaded" >&2
+    fi
+    rm -rf "$work"
+}
+fetch_guest_files
+
 skopeo=${CSVFAST_SKOPEO:-${XDG_CACHE_HOME:-$HOME/.cache}/csvfast/skopeo}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 skopeo_is_new() { # command...: prints "skopeo version 1.18.0"
