@@ -1,4 +1,5 @@
-"""Build of the one extension, csvfast._core: the Cython binding and every C file of csrc/ in one shared object.
+"""Build of the one extension, csvfast._core: the Cython binding and every C file of csrc/ in one shared object; on Linux also the C
+library for other programs and the one that is preloaded into QEMU, of the same objects.
 
 Instruction sets are chosen inside the C files (csrc/target_begin.h), so one set of flags serves all of them.
 
@@ -25,7 +26,9 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 HEADER = Path("csrc/include/csvfast.h")
+HEADERS = (HEADER, Path("csrc/include/csvfast_vmram.h"))
 SOURCE_FOLDERS = ("csrc", "csrc/sm4", "csrc/sm3", "csrc/sm2", "csrc/engine")
+HAS_LIBRARIES = sys.platform.startswith("linux")
 DEBUG = os.environ.get("CSVFAST_DEBUG", "") not in ("", "0")
 COVERAGE = os.environ.get("CSVFAST_COVERAGE", "") not in ("", "0")
 SANITIZE = os.environ.get("CSVFAST_SANITIZE", "")
@@ -37,6 +40,11 @@ def version() -> str:
     if found is None:
         raise SystemExit(f"{HEADER} defines no CSVF_VERSION_STRING")
     return found.group(1)
+
+
+def library_names() -> tuple[str, str]:
+    """File names of the C library, which is its soname since a wheel holds no links, and of the library for QEMU."""
+    return f"libcsvfast.so.{version().partition('.')[0]}", "libcsvfast-vmram-preload.so"
 
 
 def in_tree(pattern: str, *folders: str) -> list[str]:
@@ -95,34 +103,73 @@ class BuildExtension(build_ext):
         compiler.compile = compile_all
         try:
             super().build_extension(ext)
+            if HAS_LIBRARIES:
+                self.build_libraries(ext)
             stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.write_text(flags, encoding="utf-8")
         finally:
             compiler.compile = whole
 
+    def library_targets(self) -> list[Path]:
+        """Beside the extension's package, where csvfast.get_library() finds them."""
+        folder = (ROOT if self.inplace else Path(self.build_lib)) / "csvfast" / "lib"
+        return [folder / name for name in library_names()]
+
+    def build_libraries(self, ext: Any) -> None:
+        """Links the two shared libraries; what the extension is made of is compiled already."""
+        compiler: Any = self.compiler
+        common = compiler.object_filenames(
+            [source for source in ext.sources if source.startswith("csrc/")], output_dir=self.build_temp
+        )
+        window_sources = in_tree("*.c", "csrc/vmram")
+        window = compiler.compile(
+            window_sources, output_dir=self.build_temp, include_dirs=ext.include_dirs, extra_postargs=compile_flags()
+        )
+        preload = [name for name in window if Path(name).stem == "preload"]
+        objects = [*common, *(name for name in window if name not in preload)]
+        flags = [*link_flags(), "-Wl,-z,relro,-z,now"]
+        flags += [] if SANITIZE else ["-Wl,-z,defs"]
+        flags += [] if DEBUG else ["-Wl,--strip-debug"]
+        library, preloaded = self.library_targets()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        compiler.link_shared_object(objects, str(library), extra_postargs=[*flags, f"-Wl,-soname,{library.name}"])
+        # Through an archive, so that the library's own functions can be hidden: the program may use another csvfast.
+        archive = Path(self.build_temp) / "libcsvfast.a"
+        archive.unlink(missing_ok=True)
+        compiler.create_static_lib(objects, "csvfast", output_dir=self.build_temp)
+        compiler.link_shared_object(
+            [*preload, str(archive)],
+            str(preloaded),
+            extra_postargs=[*flags, "-Wl,--exclude-libs,ALL", f"-Wl,-soname,{preloaded.name}"],
+        )
+
+    def get_outputs(self) -> list[str]:
+        outputs: list[str] = super().get_outputs()
+        return [*outputs, *map(str, self.library_targets())] if HAS_LIBRARIES and not self.inplace else outputs
+
 
 class BuildPackage(build_py):
-    """Puts the public C header into the package, where csvfast.get_include() finds it."""
+    """Puts the public C headers into the package, where csvfast.get_include() finds them."""
 
-    def _header_target(self) -> Path:
-        return Path(self.build_lib) / "csvfast" / "include" / HEADER.name
+    def _header_targets(self) -> list[Path]:
+        return [Path(self.build_lib) / "csvfast" / "include" / header.name for header in HEADERS]
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = self._header_target()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / HEADER, target)
+            for header, target in zip(HEADERS, self._header_targets(), strict=True):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / header, target)
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         outputs: list[str] = super().get_outputs(include_bytecode)
-        return outputs if self.editable_mode else [*outputs, str(self._header_target())]
+        return outputs if self.editable_mode else [*outputs, *map(str, self._header_targets())]
 
 
 core = Extension(
     "csvfast._core",
     sources=["csvfast/_core.pyx", *in_tree("*.c", *SOURCE_FOLDERS)],
-    depends=[*in_tree("*.h", "csrc/include", *SOURCE_FOLDERS), *in_tree("*.px[di]", "csvfast")],
+    depends=[*in_tree("*.h", "csrc/include", "csrc/vmram", *SOURCE_FOLDERS), *in_tree("*.px[di]", "csvfast")],
     include_dirs=["csrc/include"],
     extra_compile_args=compile_flags(),
     extra_link_args=link_flags(),

@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:  # the checkout lies before the installed p
         f"csvfast in {__path__[0]} is source code without its compiled part. Install it (pip install .), then run from "
         "another folder or with PYTHONSAFEPATH=1, so that the installed package is found first"
     ) from None
-from csvfast._runtime import force_kernel, get_include, info
+from csvfast._runtime import force_kernel, get_include, get_library, info
 from csvfast._runtime import version as _version
 from csvfast.crypto import SM4CTR, SM4GCM, SM4XTS, sm3_file
 from csvfast.errors import CsvfastError
@@ -59,6 +59,7 @@ __all__ = [
     "errors",
     "force_kernel",
     "get_include",
+    "get_library",
     "hmac_sm3",
     "info",
     "sm2_verify_many",

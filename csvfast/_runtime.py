@@ -9,7 +9,7 @@ from typing import Any
 
 from csvfast import _core
 
-__all__ = ["cpu_model", "force_kernel", "get_include", "info", "version"]
+__all__ = ["cpu_model", "force_kernel", "get_include", "get_library", "info", "version"]
 
 
 def version() -> str:
@@ -34,7 +34,7 @@ def force_kernel(primitive: str, name: str | None) -> None:
 
 
 def get_include() -> str:
-    """The directory that holds ``csvfast.h``, for compilers.
+    """The directory that holds ``csvfast.h`` and ``csvfast_vmram.h``, for compilers.
 
     Raises:
         FileNotFoundError: the installation carries no header.
@@ -45,6 +45,35 @@ def get_include() -> str:
         if (folder / "csvfast.h").is_file():
             return str(folder)
     raise FileNotFoundError(f"csvfast.h is missing from {package / 'include'}")
+
+
+def get_library(name: str = "csvfast") -> str:
+    """The path of a C library that comes with the package.
+
+    Args:
+        name: ``"csvfast"``, the library behind ``csvfast.h``, for linkers and ctypes; or ``"vmram-preload"``, which QEMU
+            is given by ``LD_PRELOAD`` for encrypted RAM (docs/encrypted-ram.md).
+
+    Raises:
+        ValueError: no such library.
+        FileNotFoundError: the installation carries it not (only Linux has them), and no ``make -C csrc`` made it in the checkout.
+
+    Example:
+        ``cc program.c -I"$(python -c 'import csvfast; print(csvfast.get_include())')" /path/of/libcsvfast.so.0``; the program
+        finds the library again by an rpath (``-Wl,-rpath,DIRECTORY``), because no system directory holds it.
+    """
+    names = {
+        "csvfast": f"libcsvfast.so.{version().partition('.')[0]}",
+        "vmram-preload": "libcsvfast-vmram-preload.so",
+    }
+    if name not in names:
+        raise ValueError(f"unknown library {name!r}: expected one of {', '.join(map(repr, names))}")
+    package = Path(__file__).resolve().parent
+    for folder in (package / "lib", package.parent / "csrc" / "build"):
+        path = folder / names[name]
+        if path.is_file():
+            return str(path)
+    raise FileNotFoundError(f"{names[name]} is missing from {package / 'lib'}; in a checkout, `make -C csrc library` makes it")
 
 
 def cpu_model() -> str:

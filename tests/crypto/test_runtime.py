@@ -53,6 +53,11 @@ def test_include_holds_the_header():
     assert "csvf_xts_encrypt" in (Path(csvfast.get_include()) / "csvfast.h").read_text(encoding="utf-8")
 
 
+def test_unknown_library_is_named():
+    with pytest.raises(ValueError, match="unknown library 'openssl': expected one of 'csvfast', 'vmram-preload'"):
+        csvfast.get_library("openssl")
+
+
 def test_documented_example():
     import doctest
 

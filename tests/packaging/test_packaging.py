@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -22,6 +24,7 @@ LEFT_OUT = {
     ".git", "build", "dist", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis",
     ".benchmarks", ".gitignore", ".github",
 }  # fmt: skip
+SONAME = f"libcsvfast.so.{csvfast.__version__.partition('.')[0]}"
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,7 +50,7 @@ def tracked() -> set[str]:
         for name in files:
             if (
                 name not in LEFT_OUT
-                and not name.endswith((".so", ".o", ".a", ".pyc"))
+                and not re.search(r"\.(?:so|so\.[0-9.]+|o|a|pyc)$", name)
                 and not name.startswith("_core.c")
             ):
                 found.add((Path(folder) / name).relative_to(ROOT).as_posix())
@@ -106,14 +109,17 @@ def test_wheel_is_complete(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         information = {name.partition(".dist-info/")[2] for name in archive.namelist() if ".dist-info/" in name}
-        header = archive.read("csvfast/include/csvfast.h")
+        headers = {name: archive.read(f"csvfast/include/{name}") for name in ("csvfast.h", "csvfast_vmram.h")}
         (points,) = (archive.read(name) for name in archive.namelist() if name.endswith("entry_points.txt"))
     extension = {name for name in names if re.fullmatch(r"csvfast/_core\..*\.so", name)}
     assert len(extension) == 1
     suffixes = (".py", ".pyi", ".pxd", "py.typed", ".toml")
     wanted = {name for name in tracked() if name.startswith("csvfast/") and name.endswith(suffixes)}
-    assert names - extension == wanted | {"csvfast/include/csvfast.h", "_csvfast_command.py"}
-    assert header == (ROOT / "csrc/include/csvfast.h").read_bytes()
+    libraries = {f"csvfast/lib/{SONAME}", "csvfast/lib/libcsvfast-vmram-preload.so"} if sys.platform == "linux" else set()
+    included = {f"csvfast/include/{name}" for name in headers}
+    assert names - extension == wanted | included | libraries | {"_csvfast_command.py"}
+    for name, header in headers.items():
+        assert header == (ROOT / "csrc/include" / name).read_bytes()
     assert "licenses/LICENSE" in information
     assert "csvfast = _csvfast_command:main" in points.decode()
 
@@ -164,3 +170,56 @@ def test_header_serves_c_and_cplusplus(empty, tmp_path):
         language = "c++" if compiler == "c++" else "c"
         flags = ["-x", language, f"-std={standard}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
         run(compiler, *flags, "-I", include.strip(), source, cwd=tmp_path)
+
+
+def where(empty: Path, expression: str) -> str:
+    program = f"import csvfast; print({expression})"
+    return run(empty / "environment/bin/python", "-I", "-c", program, cwd=empty).strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C libraries are built on Linux")
+def test_libraries_are_whole(empty):
+    library, preload = where(empty, "csvfast.get_library(), csvfast.get_library('vmram-preload'), sep='\\n'").split("\n")
+    assert Path(library) == Path(where(empty, "csvfast.__path__[0]")) / "lib" / SONAME
+    opened = ctypes.CDLL(library)
+    opened.csvf_version.restype = ctypes.c_char_p
+    assert opened.csvf_version().decode() == csvfast.__version__
+    assert opened.csvf_init() == 0
+    digest = ctypes.create_string_buffer(32)
+    opened.csvf_sm3_digest(digest, b"abc", ctypes.c_size_t(3))
+    assert digest.raw == csvfast.sm3(b"abc").digest()
+
+    def exported(path: str) -> set[str]:
+        return {line.split()[-1] for line in run("nm", "-D", "--defined-only", path, cwd=empty).splitlines()}
+
+    declared = set()
+    for name in ("csvfast.h", "csvfast_vmram.h"):
+        declared |= set(re.findall(r"^CSVF_API[^(;]*?\b(csvf_\w+) *\(", (ROOT / "csrc/include" / name).read_text(), re.MULTILINE))
+    assert exported(library) == declared
+    assert exported(preload) == {"mmap", "mmap64", "munmap", "madvise"}
+    assert f"[{SONAME}]" in run("readelf", "-d", library, cwd=empty)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C libraries are built on Linux")
+def test_cython_code_cimports_the_installed_package(empty, tmp_path):
+    """Declarations, header and library all come from the wheel; the test's environment lends Cython only."""
+    (tmp_path / "use.pyx").write_text(
+        "from csvfast._core cimport CSVF_OK, csvf_init, csvf_sm3_digest, csvf_version\n"
+        "from libc.stdint cimport uint8_t\n"
+        "def use(bytes data):\n"
+        "    cdef uint8_t digest[32]\n"
+        "    assert csvf_init() == CSVF_OK\n"
+        "    csvf_sm3_digest(digest, <const char *>data, len(data))\n"
+        "    return csvf_version().decode(), digest[:32]\n",
+        encoding="utf-8",
+    )
+    packages = where(empty, "csvfast.__path__[0].rpartition('/')[0]")
+    library = where(empty, "csvfast.get_library()")
+    run(sys.executable, "-m", "cython", "-3", "-I", packages, "use.pyx", cwd=tmp_path)
+    run(
+        "cc", "-shared", "-fPIC", "-O1", "-o", "use.so", "use.c", "-I", sysconfig.get_path("include"),
+        "-I", where(empty, "csvfast.get_include()"), library, f"-Wl,-rpath,{Path(library).parent}", cwd=tmp_path,
+    )  # fmt: skip
+    program = "import sys; sys.path.insert(0, '.'); import use; version, digest = use.use(b'abc'); print(version, digest.hex())"
+    shown = run(empty / "environment/bin/python", "-I", "-c", program, cwd=tmp_path)
+    assert shown.split() == [csvfast.__version__, csvfast.sm3(b"abc").hexdigest()]
