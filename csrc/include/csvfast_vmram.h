@@ -69,7 +69,7 @@ CSVF_API CSVF_MUST_CHECK int csvf_vmram_probe(const char **reason);
  *        size      bytes of memory, a multiple of 4096, inside the engine; the file must be offset + size long
  *        config    window_size is needed
  * The memory starts as zeros whatever the file holds: no page is read from or written to it before the guest has written that page, and
- * the cost does not grow with size. csvf_vmram_restore brings content.
+ * the cost does not grow with size. csvf_vmram_adopt and csvf_vmram_restore bring content.
  * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_LENGTH (size, window, file too short), CSVF_ERR_ALIGNMENT, CSVF_ERR_RANGE, CSVF_ERR_ASID,
  *          CSVF_ERR_MEMORY, CSVF_ERR_SYSTEM (userfaultfd: see csvf_vmram_probe). PURE. */
 CSVF_API CSVF_MUST_CHECK int csvf_vmram_create(csvf_vmram **vmram, csvf_engine *engine, uint32_t asid, int fd, uint64_t offset,
@@ -99,6 +99,17 @@ CSVF_API CSVF_MUST_CHECK int csvf_vmram_flush(csvf_vmram *vmram);
 /* Makes length bytes from offset on zeros that were never written: as madvise(MADV_DONTNEED) on ordinary memory. Both are multiples of 4096.
  * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ALIGNMENT, CSVF_ERR_RANGE, or why the memory is gone. SHARED. */
 CSVF_API CSVF_MUST_CHECK int csvf_vmram_discard(csvf_vmram *vmram, uint64_t offset, size_t length);
+
+/* Takes over pages whose ciphertext stands in the DRAM, such as those that LAUNCH_UPDATE_DATA encrypted there: from now on they read as that,
+ * decrypted, instead of as zeros. What the window held of them is lost. offset and length are multiples of 4096.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ALIGNMENT, CSVF_ERR_RANGE, or why the memory is gone. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_vmram_adopt(csvf_vmram *vmram, uint64_t offset, size_t length);
+
+/* Takes pages out of the window, so that somebody else can work on them in the DRAM: when it returns their ciphertext stands there, of
+ * pages never written as well (zeros, encrypted), and the next touch decrypts the DRAM anew. Nothing keeps that touch from
+ * coming at once: a page that is written meanwhile overwrites the other's work. offset and length are multiples of 4096.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ALIGNMENT, CSVF_ERR_RANGE, or why the memory is gone. SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_vmram_evict(csvf_vmram *vmram, uint64_t offset, size_t length);
 
 /* Writes the encrypted image of one moment to a file, from its start: ciphertext and which pages were written, no key. Threads that touch
  * absent pages or write wait meanwhile. The file's length becomes the image's.

@@ -124,6 +124,8 @@ static void refusals(void)
     csvf_engine_destroy(engine);
     CHECK_STATUS(csvf_vmram_flush(NULL), CSVF_ERR_ARGUMENT);
     CHECK_STATUS(csvf_vmram_discard(NULL, 0, 0), CSVF_ERR_ARGUMENT);
+    CHECK_STATUS(csvf_vmram_adopt(NULL, 0, 0), CSVF_ERR_ARGUMENT);
+    CHECK_STATUS(csvf_vmram_evict(NULL, 0, 0), CSVF_ERR_ARGUMENT);
     CHECK_STATUS(csvf_vmram_snapshot(NULL, 0), CSVF_ERR_ARGUMENT);
     CHECK_STATUS(csvf_vmram_restore(NULL, 0), CSVF_ERR_ARGUMENT);
     csvf_vmram_destroy(NULL);
@@ -441,6 +443,115 @@ static void discarded(void)
     close(fd);
 }
 
+/* What stands in the DRAM at a guest's start, as the processor's launch commands leave it: in the middle of a file, under its address there. */
+static void adopted(void)
+{
+    const size_t size = 2 * mib, start = 3 * mib;
+    const int fd = make_file(start + size);
+    uint8_t key[32], *content = malloc(4 * PAGE), zeros[PAGE] = {0};
+    make_key(key, 0);
+    test_fill(content, 4 * PAGE, 9);
+    csvf_engine *engine;
+    CHECK_STATUS(csvf_engine_create_file(&engine, fd, 0, start + size, NULL), CSVF_OK);
+    CHECK_STATUS(csvf_asid_install(engine, 7, key, 32), CSVF_OK);
+    CHECK_STATUS(csvf_write(engine, 7, start + 5 * PAGE, content, 4 * PAGE), CSVF_OK);
+    const csvf_vmram_config config = {.struct_size = sizeof config, .window_size = CSVF_VMRAM_WINDOW_MIN};
+    csvf_vmram *vmram = NULL;
+    CHECK_STATUS(csvf_vmram_create_with_key(&vmram, key, 32, fd, start, start, size, &config), CSVF_OK);
+    uint8_t *ram = csvf_vmram_memory(vmram);
+    CHECK_STATUS(csvf_vmram_adopt(vmram, 5 * PAGE, 3 * PAGE), CSVF_OK);
+    CHECK_BYTES(ram + 5 * PAGE, content, 3 * PAGE);
+    CHECK_BYTES(ram + 4 * PAGE, zeros, PAGE);
+    CHECK_BYTES(ram + 8 * PAGE, zeros, PAGE);       /* not adopted: zeros, whatever the DRAM holds */
+    memset(ram + 8 * PAGE, 0x11, PAGE);             /* changed in the window, and lost there */
+    CHECK_STATUS(csvf_vmram_adopt(vmram, 8 * PAGE, PAGE), CSVF_OK);
+    CHECK_BYTES(ram + 8 * PAGE, content + 3 * PAGE, PAGE);
+    CHECK_STATUS(csvf_vmram_adopt(vmram, size, 0), CSVF_OK);
+    CHECK_STATUS(csvf_vmram_adopt(vmram, size, PAGE), CSVF_ERR_RANGE);
+    CHECK_STATUS(csvf_vmram_adopt(vmram, UINT64_MAX - PAGE + 1, 2 * PAGE), CSVF_ERR_RANGE);
+    CHECK_STATUS(csvf_vmram_adopt(vmram, 1, PAGE), CSVF_ERR_ALIGNMENT);
+    CHECK_STATUS(csvf_vmram_adopt(vmram, PAGE, 1), CSVF_ERR_ALIGNMENT);
+    csvf_vmram_destroy(vmram);
+    csvf_engine_destroy(engine);
+    free(content);
+    close(fd);
+}
+
+typedef struct toucher {
+    volatile uint8_t *page;
+    _Atomic int stop;
+    unsigned long touches;
+} toucher;
+
+static void *touch(void *context)
+{
+    toucher *t = context;
+    for (; !atomic_load(&t->stop); t->touches++)
+        *t->page = (uint8_t)t->touches;
+    return NULL;
+}
+
+/* Somebody else works on a page in the DRAM: the guest's request out, the processor's answer in. */
+static void evicted_on_demand(void)
+{
+    const size_t size = 2 * mib;
+    const int fd = make_file(size);
+    csvf_engine *engine;
+    uint8_t key[32], page[PAGE], seen[PAGE], zeros[PAGE] = {0};
+    make_key(key, 0);
+    CHECK_STATUS(csvf_engine_create_file(&engine, fd, 0, size, NULL), CSVF_OK);
+    CHECK_STATUS(csvf_asid_install(engine, 1, key, 32), CSVF_OK);
+    const csvf_vmram_config config = {.struct_size = sizeof config, .window_size = mib};
+    csvf_vmram *vmram = NULL;
+    CHECK_STATUS(csvf_vmram_create(&vmram, engine, 1, fd, 0, 0, size, &config), CSVF_OK);
+    uint8_t *ram = csvf_vmram_memory(vmram);
+    toucher beside = {.page = ram + 40 * PAGE + 8};
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, touch, &beside) == 0);
+    for (unsigned round = 0; round < 200; round++) {
+        test_fill(page, PAGE, round);
+        memcpy(ram + 3 * PAGE, page, PAGE);
+        CHECK_STATUS(csvf_vmram_evict(vmram, 3 * PAGE, PAGE), CSVF_OK);
+        CHECK_STATUS(csvf_read(engine, seen, PAGE, 1, 3 * PAGE), CSVF_OK);
+        CHECK_BYTES(seen, page, PAGE);
+        page[7] ^= 0xff;
+        CHECK_STATUS(csvf_write(engine, 1, 3 * PAGE, page, PAGE), CSVF_OK);
+        CHECK_BYTES(ram + 3 * PAGE, page, PAGE);
+        /* The neighbour's page leaves as well, while he writes to it. */
+        CHECK_STATUS(csvf_vmram_evict(vmram, 39 * PAGE, 3 * PAGE), CSVF_OK);
+    }
+    atomic_store(&beside.stop, 1);
+    pthread_join(thread, NULL);
+    CHECK(beside.touches > 0 && *beside.page == (uint8_t)(beside.touches - 1));
+
+    /* Never written, and only read: zeros there, and what another writes there is seen here. */
+    CHECK(ram[100 * PAGE] == 0);
+    CHECK_STATUS(csvf_vmram_evict(vmram, 100 * PAGE, 2 * PAGE), CSVF_OK);
+    for (unsigned i = 100; i < 102; i++) {
+        CHECK_STATUS(csvf_read(engine, seen, PAGE, 1, i * PAGE), CSVF_OK);
+        CHECK_BYTES(seen, zeros, PAGE);
+        CHECK_STATUS(csvf_write(engine, 1, i * PAGE, page, PAGE), CSVF_OK);
+        CHECK_BYTES(ram + i * PAGE, page, PAGE);
+    }
+    /* All of it: runs longer than a batch, changed and unchanged ones mixed. */
+    for (size_t at = 0; at < size; at += at % (3 * PAGE) ? PAGE : 2 * PAGE)
+        ram[at] = 0x5a;
+    CHECK_STATUS(csvf_vmram_evict(vmram, 0, size), CSVF_OK);
+    CHECK(stats_of(vmram).resident == 0);
+    uint8_t *whole = malloc(size);
+    CHECK_STATUS(csvf_read(engine, whole, size, 1, 0), CSVF_OK);
+    CHECK_BYTES(ram, whole, size);
+    free(whole);
+    CHECK_STATUS(csvf_vmram_evict(vmram, 0, 0), CSVF_OK);
+    CHECK_STATUS(csvf_vmram_evict(vmram, size, PAGE), CSVF_ERR_RANGE);
+    CHECK_STATUS(csvf_vmram_evict(vmram, 0, size + PAGE), CSVF_ERR_RANGE);
+    CHECK_STATUS(csvf_vmram_evict(vmram, 7, PAGE), CSVF_ERR_ALIGNMENT);
+    CHECK_STATUS(csvf_vmram_evict(vmram, 0, 7), CSVF_ERR_ALIGNMENT);
+    csvf_vmram_destroy(vmram);
+    csvf_engine_destroy(engine);
+    close(fd);
+}
+
 static void snapshot_and_restore(void)
 {
     const size_t size = 2 * mib;
@@ -668,6 +779,8 @@ int main(void)
     RUN(pattern_never_in_dram);
     RUN(altered_dram);
     RUN(discarded);
+    RUN(adopted);
+    RUN(evicted_on_demand);
     RUN(snapshot_and_restore);
     RUN(forked);
     RUN(killed);

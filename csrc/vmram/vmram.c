@@ -297,23 +297,48 @@ int csvf_vmram_flush(csvf_vmram *vmram)
     return status;
 }
 
-int csvf_vmram_discard(csvf_vmram *vmram, uint64_t offset, size_t length)
+/* Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_ALIGNMENT, CSVF_ERR_RANGE. */
+static int check_part(const csvf_vmram *vmram, uint64_t offset, size_t length)
 {
     if (!vmram)
         return CSVF_ERR_ARGUMENT;
     if (offset % CSVF_PAGE_BYTES || length % CSVF_PAGE_BYTES)
         return CSVF_ERR_ALIGNMENT;
-    if (offset > vmram->size || length > vmram->size - offset)
-        return CSVF_ERR_RANGE;
+    return offset > vmram->size || length > vmram->size - offset ? CSVF_ERR_RANGE : CSVF_OK;
+}
+
+/* The pages leave the window without being written. From then on they are in the DRAM (is_written), or zeros. */
+static int replace(csvf_vmram *vmram, uint64_t offset, size_t length, int is_written)
+{
+    int status = check_part(vmram, offset, length);
+    if (status != CSVF_OK)
+        return status;
     const uint32_t first = (uint32_t)(offset / CSVF_PAGE_BYTES), count = (uint32_t)(length / CSVF_PAGE_BYTES);
     csvf__quiesce(vmram);
-    const int status = csvf__failure(vmram);
+    status = csvf__failure(vmram);
     if (status == CSVF_OK && count) {
         csvf__window_forget(vmram, first, count);
         for (uint32_t page = first; page < first + count; page++)
-            vmram->pages[page].is_written = 0;
-        vmram->stats.pages_discarded += count;
+            vmram->pages[page].is_written = (uint8_t)is_written;
+        vmram->stats.pages_discarded += is_written ? 0 : count;
     }
+    csvf__resume(vmram);
+    return status;
+}
+
+int csvf_vmram_discard(csvf_vmram *vmram, uint64_t offset, size_t length) { return replace(vmram, offset, length, 0); }
+int csvf_vmram_adopt(csvf_vmram *vmram, uint64_t offset, size_t length) { return replace(vmram, offset, length, 1); }
+
+int csvf_vmram_evict(csvf_vmram *vmram, uint64_t offset, size_t length)
+{
+    int status = check_part(vmram, offset, length);
+    if (status != CSVF_OK)
+        return status;
+    csvf__quiesce(vmram);
+    status = csvf__failure(vmram);
+    if (status == CSVF_OK && length)
+        status = csvf__window_expel(vmram, &vmram->hands[CSVF_VMRAM_THREADS_MAX], (uint32_t)(offset / CSVF_PAGE_BYTES),
+                                    (uint32_t)(length / CSVF_PAGE_BYTES));
     csvf__resume(vmram);
     return status;
 }

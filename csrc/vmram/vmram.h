@@ -130,6 +130,8 @@ void csvf__window_enter(csvf_vmram *vmram, uint32_t page, csvf__page_state state
 uint32_t csvf__window_evict(csvf_vmram *vmram, csvf__hands *hands, uint32_t most);
 /* Encrypts changed pages in place: the caller has quiesced. Returns: CSVF_OK or the failure. */
 int csvf__window_flush(csvf_vmram *vmram, csvf__hands *hands);
+/* Pages leave the window, and all of them are in the DRAM: the caller has quiesced. Returns: CSVF_OK or the failure. */
+int csvf__window_expel(csvf_vmram *vmram, csvf__hands *hands, uint32_t first, uint32_t count);
 /* Forgets pages of the window without writing them: the caller has quiesced. */
 void csvf__window_forget(csvf_vmram *vmram, uint32_t first, uint32_t count);
 

@@ -190,6 +190,44 @@ int csvf__window_flush(csvf_vmram *vmram, csvf__hands *hands)
     return status;
 }
 
+int csvf__window_expel(csvf_vmram *vmram, csvf__hands *hands, uint32_t first, uint32_t count)
+{
+    int status = csvf__failure(vmram);
+    if (status == CSVF_OK && csvf__userfault_protect(vmram, first, count) != CSVF_OK)
+        status = csvf__fail(vmram, CSVF_ERR_SYSTEM, "the memory cannot be write-protected: was it unmapped?");
+    const uint32_t end = first + count, before = vmram->resident;
+    uint32_t dirty = 0;
+    for (uint32_t page = first; status == CSVF_OK && page < end;) {
+        const int is_dirty = vmram->pages[page].state == CSVF__DIRTY;
+        if (!is_dirty && vmram->pages[page].is_written) {
+            page++;
+            continue;
+        }
+        uint32_t run = 1;
+        while (run < CSVF__BATCH_MAX && page + run < end && (vmram->pages[page + run].state == CSVF__DIRTY) == is_dirty &&
+               (is_dirty || !vmram->pages[page + run].is_written))
+            run++;
+        /* The staging of plaintext is zeros, as a page that was never written. */
+        const uint8_t *plain = is_dirty ? vmram->ram + (size_t)page * CSVF_PAGE_BYTES : hands->plain;
+        status = csvf__dram_store(vmram, hands->cipher, plain, page, run);
+        if (status == CSVF_OK)
+            vmram->stats.bytes_encrypted += (uint64_t)run * CSVF_PAGE_BYTES;
+        for (uint32_t i = 0; status == CSVF_OK && i < run; i++) {
+            vmram->pages[page + i].is_written = 1;
+            if (is_dirty)
+                vmram->pages[page + i].state = CSVF__CLEAN;
+        }
+        dirty += is_dirty ? run : 0;
+        page += run;
+    }
+    if (status == CSVF_OK) {
+        csvf__window_forget(vmram, first, count);
+        vmram->stats.evictions += before - vmram->resident;
+        vmram->stats.evictions_clean += before - vmram->resident - dirty;
+    }
+    return status;
+}
+
 void csvf__window_forget(csvf_vmram *vmram, uint32_t first, uint32_t count)
 {
     (void)csvf__userfault_drop(vmram->ram + (size_t)first * CSVF_PAGE_BYTES, (size_t)count * CSVF_PAGE_BYTES);
