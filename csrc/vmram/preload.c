@@ -26,34 +26,24 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "../include/csvfast_vmram.h"
+#include "preload.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { MAPPINGS_MAX = 16, EXIT_ENVIRONMENT = 3, MADVISE_COLLAPSE = 25 /* MADV_COLLAPSE, Linux 6.1 */ };
+enum { MADVISE_COLLAPSE = 25 /* MADV_COLLAPSE, Linux 6.1 */ };
 
-typedef struct mapping {
-    csvf_vmram *vmram;
-    uintptr_t start;
-    size_t size;
-    dev_t device;
-    ino_t inode;
-    char path[PATH_MAX];
-} mapping;
-
-static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER;
-static mapping mappings[MAPPINGS_MAX];
+pthread_mutex_t preload_lock = PTHREAD_MUTEX_INITIALIZER;
+preload_mapping preload_mappings[PRELOAD_MAPPINGS_MAX];
+__thread int preload_is_inside;
 static _Atomic int mapping_count;       /* slots in use: 0 lets every munmap and madvise pass at once */
 static uint64_t next_address;           /* two memories under one key must not share data units */
-static uint8_t *key;                    /* a page of its own: not in core dumps, zeros in children */
-static int is_statistics_running, was_used;
+static int was_used;
 static _Atomic int is_ended;
-static __thread int is_inside;         /* this thread is in one of the calls below: what the library calls in turn is its own */
 static pid_t owner;
 
 /* ---- Words to the user: one line, by one write ---- */
 
-static __attribute__((format(printf, 1, 2))) void say(const char *format, ...)
+void preload_say(const char *format, ...)
 {
     char line[PATH_MAX + 400] = "csvfast-vmram: ";
     const size_t prefix = strlen(line);
@@ -69,229 +59,29 @@ static __attribute__((format(printf, 1, 2))) void say(const char *format, ...)
         return;
 }
 
-/* ---- The environment ---- */
-
-/* Out: *value, within least .. most. An unset variable gives 0. Returns: 1, or 0 after a line that says why. */
-static int read_number(uint32_t *value, const char *name, uint32_t most)
+int preload_start_thread(void *(*body)(void *), void *context)
 {
-    const char *text = getenv(name);
-    *value = 0;
-    if (!text || !*text)
-        return 1;
-    char *end;
-    errno = 0;
-    const unsigned long number = strtoul(text, &end, 10);
-    if (errno || *end || *text < '0' || *text > '9' || number < 1 || number > most) {
-        say("%s is '%s': a whole number from 1 to %u is needed", name, text, most);
-        return 0;
-    }
-    *value = (uint32_t)number;
-    return 1;
-}
-
-/* "64M", "67108864", or a share of the memory: "1/8". Returns: 1, or 0 after a line. */
-static int read_window(size_t *window, size_t size)
-{
-    const char *text = getenv("CSVFAST_VMRAM_WINDOW");
-    if (!text || !*text)
-        text = "1/4";
-    char *end;
-    errno = 0;
-    unsigned long long number = strtoull(text, &end, 10);
-    int is_good = errno == 0 && end != text && *text >= '0' && *text <= '9';
-    if (is_good && *end == '/') {
-        const char *divisor_text = end + 1;
-        const unsigned long long divisor = strtoull(divisor_text, &end, 10);
-        is_good = errno == 0 && end != divisor_text && *divisor_text >= '0' && *divisor_text <= '9' && *end == 0 && divisor > 0 && number <= divisor;
-        if (is_good)
-            number = (unsigned long long)((long double)size / (long double)divisor * (long double)number);
-    } else if (is_good && *end) {
-        const char *unit = strchr("KMGT", *end);
-        is_good = unit && end[1] == 0 && number <= ULLONG_MAX >> 40;
-        if (is_good)
-            number <<= 10 * (unit - "KMGT" + 1);
-    }
-    if (!is_good) {
-        say("CSVFAST_VMRAM_WINDOW is '%s': bytes with K, M or G, or a share like 1/8, are needed", text);
-        return 0;
-    }
-    number = number / CSVF_PAGE_BYTES * CSVF_PAGE_BYTES;
-    if (number < CSVF_VMRAM_WINDOW_MIN) {
-        say("CSVFAST_VMRAM_WINDOW is '%s': a window of %llu bytes holds no machine, at least %zu are needed", text, number,
-            CSVF_VMRAM_WINDOW_MIN);
-        return 0;
-    }
-    *window = number > SIZE_MAX ? SIZE_MAX / CSVF_PAGE_BYTES * CSVF_PAGE_BYTES : (size_t)number;
-    return 1;
-}
-
-/* Exactly 32 bytes and then the end, which is how a pipe or file of another length is noticed. */
-static int read_key_from(int fd, const char *name)
-{
-    uint8_t bytes[CSVF_XTS_KEY_BYTES + 1];
-    size_t got = 0;
-    while (got < sizeof bytes) {
-        const ssize_t more = read(fd, bytes + got, sizeof bytes - got);
-        if (more < 0 && errno == EINTR)
-            continue;
-        if (more <= 0)
-            break;
-        got += (size_t)more;
-    }
-    const int is_good = got == CSVF_XTS_KEY_BYTES;
-    if (is_good)
-        memcpy(key, bytes, CSVF_XTS_KEY_BYTES);
-    else
-        say("%s holds %s bytes: a key is exactly %u (K1, then K2)", name, got > CSVF_XTS_KEY_BYTES ? "more" : "fewer", CSVF_XTS_KEY_BYTES);
-    csvf_wipe(bytes, sizeof bytes);
-    return is_good;
-}
-
-static int fill_key(void)
-{
-    const char *path = getenv("CSVFAST_VMRAM_KEY_FILE"), *number = getenv("CSVFAST_VMRAM_KEY_FD");
-    if (path && *path && number && *number) {
-        say("both CSVFAST_VMRAM_KEY_FILE and CSVFAST_VMRAM_KEY_FD are set: which is it?");
-        return 0;
-    }
-    if (number && *number) {
-        char *end;
-        errno = 0;
-        const long fd = strtol(number, &end, 10);
-        if (errno || *end || fd < 0 || fd > INT_MAX || fcntl((int)fd, F_GETFD) < 0) {
-            say("CSVFAST_VMRAM_KEY_FD is '%s', which is no open file descriptor", number);
-            return 0;
-        }
-        const int is_good = read_key_from((int)fd, "CSVFAST_VMRAM_KEY_FD");
-        close((int)fd);
-        return is_good;
-    }
-    if (path && *path) {
-        const int fd = open(path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0) {
-            say("CSVFAST_VMRAM_KEY_FILE '%s' cannot be opened: %s", path, strerror(errno));
-            return 0;
-        }
-        const int is_good = read_key_from(fd, "CSVFAST_VMRAM_KEY_FILE");
-        close(fd);
-        return is_good;
-    }
-    for (size_t got = 0; got < CSVF_XTS_KEY_BYTES;) {
-        const ssize_t more = getrandom(key + got, CSVF_XTS_KEY_BYTES - got, 0);
-        if (more < 0 && errno != EINTR) {
-            say("the system gives no random key: %s", strerror(errno));
-            return 0;
-        }
-        got += more > 0 ? (size_t)more : 0;
-    }
-    return 1;
-}
-
-static int read_key(void)
-{
-    if (key)
-        return 1;
-    void *page = mmap(NULL, CSVF_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (page == MAP_FAILED) {
-        say("no memory for the key");
-        return 0;
-    }
-    (void)syscall(SYS_madvise, page, CSVF_PAGE_BYTES, MADV_DONTDUMP);
-    (void)syscall(SYS_madvise, page, CSVF_PAGE_BYTES, MADV_WIPEONFORK);
-    key = page;
-    if (fill_key())
-        return 1;
-    csvf_wipe(page, CSVF_PAGE_BYTES);
-    key = NULL;
-    syscall(SYS_munmap, page, CSVF_PAGE_BYTES);
-    return 0;
-}
-
-/* ---- Statistics: a file that is whole whenever it is read ---- */
-
-static void write_json_text(FILE *file, const char *text)
-{
-    fputc('"', file);
-    for (const unsigned char *c = (const unsigned char *)text; *c; c++)
-        if (*c == '"' || *c == '\\')
-            fprintf(file, "\\%c", *c);
-        else if (*c < 0x20)
-            fprintf(file, "\\u%04x", *c);
-        else
-            fputc(*c, file);
-    fputc('"', file);
-}
-
-static void write_statistics(const char *path)
-{
-    char temporary[PATH_MAX + 16];
-    snprintf(temporary, sizeof temporary, "%s.%d", path, (int)getpid());
-    FILE *file = fopen(temporary, "we");
-    if (!file)
-        return;
-    fputs("[", file);
-    const char *separator = "";
-    for (int i = 0; i < MAPPINGS_MAX; i++) {
-        csvf_vmram_stats s = {.struct_size = sizeof s};
-        if (!mappings[i].vmram || csvf_vmram_get_stats(mappings[i].vmram, &s) != CSVF_OK)
-            continue;
-        fprintf(file, "%s{\"dram\": ", separator);
-        write_json_text(file, mappings[i].path);
-        const struct { const char *name; uint64_t value; } fields[] = {
-            {"size", s.size}, {"window_size", s.window_size}, {"resident", s.resident}, {"resident_peak", s.resident_peak},
-            {"faults", s.faults}, {"write_faults", s.write_faults}, {"pages_ahead", s.pages_ahead}, {"pages_zero", s.pages_zero},
-            {"evictions", s.evictions}, {"evictions_clean", s.evictions_clean}, {"pages_discarded", s.pages_discarded},
-            {"bytes_encrypted", s.bytes_encrypted}, {"bytes_decrypted", s.bytes_decrypted},
-        };
-        for (size_t f = 0; f < sizeof fields / sizeof fields[0]; f++)
-            fprintf(file, ", \"%s\": %llu", fields[f].name, (unsigned long long)fields[f].value);
-        fprintf(file, ", \"failure\": %d}", s.failure);
-        separator = ",\n ";
-    }
-    fputs("]\n", file);
-    if (fclose(file) || rename(temporary, path))
-        unlink(temporary);
-}
-
-static void *statistics_thread(void *path)
-{
-    for (;;) {
-        pthread_mutex_lock(&table_lock);
-        write_statistics(path);
-        pthread_mutex_unlock(&table_lock);
-        usleep(500000);
-    }
-    return NULL;
-}
-
-static void start_statistics(void)
-{
-    static char path[PATH_MAX];
-    const char *wanted = getenv("CSVFAST_VMRAM_STATS");
-    if (is_statistics_running || !wanted || !*wanted || strlen(wanted) >= sizeof path)
-        return;
-    strcpy(path, wanted);
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_t thread;
-    if (pthread_create(&thread, NULL, statistics_thread, path) == 0) {
+    const int error = pthread_create(&thread, NULL, body, context);
+    if (error == 0)
         pthread_detach(thread);
-        is_statistics_running = 1;
-    } else {
-        say("no thread for the statistics: %s is not written while the machine runs", path);
-    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
 }
 
 /* ---- Mappings ---- */
 
 static void report(void *context, int status, const char *text)
 {
-    const mapping *about = context;
-    say("%s: %s", about->path, text);
-    if (status != CSVF_OK)
-        _exit(EXIT_ENVIRONMENT);    /* a machine without a part of its memory has nothing left to do */
+    const preload_mapping *about = context;
+    preload_say("%s: %s", about->path, text);
+    if (status == CSVF_OK)
+        return;
+    preload_remove_control();
+    _exit(PRELOAD_EXIT);    /* a machine without a part of its memory has nothing left to do */
 }
 
 /* Out: path of an open file as the kernel names it. Returns: 1 if it begins with CSVFAST_VMRAM_PATH. */
@@ -316,79 +106,112 @@ static const char *why(int status, const char *reason)
     return status == CSVF_ERR_SYSTEM ? strerror(errno) : csvf_status_text(status);
 }
 
+/* Makes the memory in the slot. Returns: its first byte, or MAP_FAILED after a line and with errno. */
+static void *make_memory(preload_mapping *slot, const preload_settings *settings, const char *path, void *address, size_t size, int fd,
+                         uint64_t place)
+{
+    const uint8_t *key;
+    const char *reason = NULL;
+    if (csvf_vmram_probe(&reason) != CSVF_OK) {
+        const int saved = errno;
+        preload_say("%s cannot be encrypted: %s", path, why(CSVF_ERR_SYSTEM, reason));
+        errno = saved;
+        return MAP_FAILED;
+    }
+    errno = EINVAL;
+    if (csvf_init() != CSVF_OK) {
+        preload_say("CSVFAST_KERNEL names a kernel that is unknown or that this CPU cannot run");
+        return MAP_FAILED;
+    }
+    /* Who connects already is answered when the mapping is complete. */
+    if ((settings->control && !preload_start_control(settings->control)) || !preload_read_key(&key)) {
+        errno = EINVAL;
+        return MAP_FAILED;
+    }
+    const csvf_vmram_config config = {
+        .struct_size = sizeof config, .window_size = settings->window, .at = address,
+        .threads = settings->threads, .read_ahead = settings->read_ahead, .report = report, .report_context = slot,
+    };
+    snprintf(slot->path, sizeof slot->path, "%s", path);
+    /* With an offset, the engine's addresses are the file's, as the platform's are; without one, they count from 0 on. */
+    const uint64_t first = settings->is_placed ? place : next_address;
+    csvf_vmram *vmram;
+    int status = csvf_vmram_create_with_key(&vmram, key, CSVF_XTS_KEY_BYTES, fd, place, first, size, &config);
+    for (size_t i = 0; status == CSVF_OK && i < settings->written_count; i++)
+        status = csvf_vmram_adopt(vmram, settings->written[i].start, (size_t)settings->written[i].length);
+    if (status != CSVF_OK) {
+        const int saved = errno;
+        csvf_vmram_destroy(vmram);
+        preload_say("%s cannot be encrypted memory of %zu bytes at byte %llu: %s", path, size, (unsigned long long)place, why(status, NULL));
+        errno = status == CSVF_ERR_SYSTEM ? saved : status == CSVF_ERR_MEMORY ? ENOMEM : EINVAL;
+        return MAP_FAILED;
+    }
+    slot->vmram = vmram;
+    slot->start = (uintptr_t)csvf_vmram_memory(vmram);
+    slot->size = size;
+    return (void *)slot->start;
+}
+
 /* Needs the lock. Returns: the memory, or MAP_FAILED after a line and with errno. */
 static void *map_dram(const char *path, void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
-    uint32_t threads, read_ahead;
-    size_t window;
+    preload_settings settings;
     struct stat about;
     const size_t size = (length + CSVF_PAGE_BYTES - 1) / CSVF_PAGE_BYTES * CSVF_PAGE_BYTES;
     errno = EINVAL;
     if (size < length || size == 0 || is_ended)
         return MAP_FAILED;
     if (!(protection & PROT_WRITE) || (protection & PROT_EXEC)) {
-        say("%s is mapped read-only or executable: guest memory is readable and writable", path);
+        preload_say("%s is mapped read-only or executable: guest memory is readable and writable", path);
         return MAP_FAILED;
     }
     if (fstat(fd, &about))
         return MAP_FAILED;
-    mapping *slot = NULL;
-    for (int i = MAPPINGS_MAX; i--;)
-        if (!mappings[i].vmram) {
-            slot = &mappings[i];
-        } else if (mappings[i].device == about.st_dev && mappings[i].inode == about.st_ino) {
-            say("%s is mapped a second time: two memories cannot share one DRAM file", path);
+    preload_mapping *slot = NULL;
+    for (int i = PRELOAD_MAPPINGS_MAX; i--;)
+        if (!preload_mappings[i].vmram) {
+            slot = &preload_mappings[i];
+        } else if (preload_mappings[i].device == about.st_dev && preload_mappings[i].inode == about.st_ino) {
+            preload_say("%s is mapped a second time: two memories cannot share one DRAM file", path);
             errno = EBUSY;
             return MAP_FAILED;
         }
     if (!slot) {
-        say("%s is more than the %d mappings there is room for", path, MAPPINGS_MAX);
+        preload_say("%s is more than the %d mappings there is room for", path, PRELOAD_MAPPINGS_MAX);
         errno = ENOMEM;
         return MAP_FAILED;
     }
-    if (!read_window(&window, size) || !read_number(&threads, "CSVFAST_VMRAM_THREADS", CSVF_VMRAM_THREADS_MAX) ||
-        !read_number(&read_ahead, "CSVFAST_VMRAM_READ_AHEAD", CSVF_VMRAM_READ_AHEAD_MAX)) {
+    if (!preload_read_settings(&settings, size)) {
+        free(settings.written);
         errno = EINVAL;
         return MAP_FAILED;
     }
-    const char *reason = NULL;
-    if (csvf_vmram_probe(&reason) != CSVF_OK) {
-        const int saved = errno;
-        say("%s cannot be encrypted: %s", path, why(CSVF_ERR_SYSTEM, reason));
+    void *memory = MAP_FAILED;
+    const uint64_t place = settings.offset + (uint64_t)offset;
+    errno = EINVAL;
+    if ((uint64_t)about.st_size < place || (uint64_t)about.st_size - place < size) {
+        preload_say("%s has %llu bytes: memory of %zu bytes at byte %llu does not fit", path, (unsigned long long)about.st_size, size,
+                    (unsigned long long)place);
+    } else if (settings.is_single && atomic_load(&mapping_count)) {
+        preload_say("%s would be the second memory, but CSVFAST_VMRAM_OFFSET, _WRITTEN and _CONTROL speak of one", path);
+        errno = EBUSY;
+    } else {
+        memory = make_memory(slot, &settings, path, flags & MAP_FIXED ? address : NULL, size, fd, place);
+    }
+    const int saved = errno;
+    free(settings.written);
+    if (memory == MAP_FAILED) {
         errno = saved;
         return MAP_FAILED;
     }
-    if (csvf_init() != CSVF_OK) {
-        say("CSVFAST_KERNEL names a kernel that is unknown or that this CPU cannot run");
-        errno = EINVAL;
-        return MAP_FAILED;
-    }
-    if (!read_key()) {
-        errno = EINVAL;
-        return MAP_FAILED;
-    }
-    const csvf_vmram_config config = {
-        .struct_size = sizeof config, .window_size = window, .at = flags & MAP_FIXED ? address : NULL,
-        .threads = threads, .read_ahead = read_ahead, .report = report, .report_context = slot,
-    };
-    snprintf(slot->path, sizeof slot->path, "%s", path);
-    const int status = csvf_vmram_create_with_key(&slot->vmram, key, CSVF_XTS_KEY_BYTES, fd, (uint64_t)offset, next_address, size, &config);
-    if (status != CSVF_OK) {
-        const int saved = errno;
-        say("%s cannot be encrypted memory of %zu bytes: %s", path, size, why(status, NULL));
-        errno = status == CSVF_ERR_SYSTEM ? saved : status == CSVF_ERR_MEMORY ? ENOMEM : EINVAL;
-        return MAP_FAILED;
-    }
     next_address += size;
-    slot->start = (uintptr_t)csvf_vmram_memory(slot->vmram);
-    slot->size = size;
     slot->device = about.st_dev;
     slot->inode = about.st_ino;
     atomic_fetch_add(&mapping_count, 1);
     was_used = 1;
     owner = getpid();
-    start_statistics();
-    return (void *)slot->start;
+    preload_start_statistics();
+    return memory;
 }
 
 static void *real_mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
@@ -404,13 +227,13 @@ EXPORT void *mmap(void *address, size_t length, int protection, int flags, int f
         errno = saved;
         return real_mmap(address, length, protection, flags, fd, offset);
     }
-    if (is_inside)
+    if (preload_is_inside)
         return real_mmap(address, length, protection, flags, fd, offset);
-    is_inside = 1;
-    pthread_mutex_lock(&table_lock);
+    preload_is_inside = 1;
+    pthread_mutex_lock(&preload_lock);
     void *memory = map_dram(path, address, length, protection, flags, fd, offset);
-    pthread_mutex_unlock(&table_lock);
-    is_inside = 0;
+    pthread_mutex_unlock(&preload_lock);
+    preload_is_inside = 0;
     if (memory != MAP_FAILED)
         errno = saved;
     return memory;
@@ -427,19 +250,19 @@ static int is_watching(void) { return atomic_load(&mapping_count) && owner == ge
 EXPORT int munmap(void *address, size_t length)
 {
     const uintptr_t start = (uintptr_t)address;
-    if (!is_inside && is_watching()) {
-        is_inside = 1;
-        pthread_mutex_lock(&table_lock);
-        for (int i = 0; i < MAPPINGS_MAX; i++)
-            if (mappings[i].vmram && mappings[i].start - start < length) {
-                csvf_vmram *vmram = mappings[i].vmram;
+    if (!preload_is_inside && is_watching()) {
+        preload_is_inside = 1;
+        pthread_mutex_lock(&preload_lock);
+        for (int i = 0; i < PRELOAD_MAPPINGS_MAX; i++)
+            if (preload_mappings[i].vmram && preload_mappings[i].start - start < length) {
+                csvf_vmram *vmram = preload_mappings[i].vmram;
                 if (csvf_vmram_flush(vmram) == CSVF_OK)
                     csvf_vmram_destroy(vmram);
-                mappings[i].vmram = NULL;
+                preload_mappings[i].vmram = NULL;
                 atomic_fetch_sub(&mapping_count, 1);
             }
-        pthread_mutex_unlock(&table_lock);
-        is_inside = 0;
+        pthread_mutex_unlock(&preload_lock);
+        preload_is_inside = 0;
     }
     return (int)syscall(SYS_munmap, address, length);
 }
@@ -449,12 +272,12 @@ EXPORT int munmap(void *address, size_t length)
 EXPORT int madvise(void *address, size_t length, int advice)
 {
     const uintptr_t start = (uintptr_t)address;
-    if (!is_inside && is_watching()) {
-        is_inside = 1;
+    if (!preload_is_inside && is_watching()) {
+        preload_is_inside = 1;
         int is_ours = 0, status = CSVF_OK;
-        pthread_mutex_lock(&table_lock);
-        for (int i = 0; i < MAPPINGS_MAX && !is_ours; i++) {
-            mapping *m = &mappings[i];
+        pthread_mutex_lock(&preload_lock);
+        for (int i = 0; i < PRELOAD_MAPPINGS_MAX && !is_ours; i++) {
+            preload_mapping *m = &preload_mappings[i];
             if (!m->vmram || start < m->start || start - m->start >= m->size)
                 continue;
             switch (advice) {
@@ -477,8 +300,8 @@ EXPORT int madvise(void *address, size_t length, int advice)
                 break;
             }
         }
-        pthread_mutex_unlock(&table_lock);
-        is_inside = 0;
+        pthread_mutex_unlock(&preload_lock);
+        preload_is_inside = 0;
         if (is_ours) {
             if (status != CSVF_OK)
                 errno = EINVAL;
@@ -493,25 +316,24 @@ __attribute__((constructor)) static void start(void)
     const char *path = getenv("CSVFAST_VMRAM_PATH");
     if (path && *path)
         return;
-    say("CSVFAST_VMRAM_PATH is not set: the path that the DRAM file begins with is needed");
-    _exit(EXIT_ENVIRONMENT);
+    preload_say("CSVFAST_VMRAM_PATH is not set: the path that the DRAM file begins with is needed");
+    _exit(PRELOAD_EXIT);
 }
 
 /* At an ordinary exit the whole memory is in the DRAM, encrypted. */
 __attribute__((destructor)) static void end(void)
 {
+    preload_remove_control();
     if (!was_used || owner != getpid())
         return;
-    is_inside = 1;
-    pthread_mutex_lock(&table_lock);
-    for (int i = 0; i < MAPPINGS_MAX; i++)
-        if (mappings[i].vmram && csvf_vmram_flush(mappings[i].vmram) != CSVF_OK)
-            say("%s: the last changes could not be encrypted into it", mappings[i].path);
-    const char *path = getenv("CSVFAST_VMRAM_STATS");
-    if (path && *path)
-        write_statistics(path);
-    csvf_wipe(key, CSVF_XTS_KEY_BYTES);
+    preload_is_inside = 1;
+    pthread_mutex_lock(&preload_lock);
+    for (int i = 0; i < PRELOAD_MAPPINGS_MAX; i++)
+        if (preload_mappings[i].vmram && csvf_vmram_flush(preload_mappings[i].vmram) != CSVF_OK)
+            preload_say("%s: the last changes could not be encrypted into it", preload_mappings[i].path);
+    preload_write_statistics();
+    preload_wipe_key();
     is_ended = 1;
     atomic_store(&mapping_count, 0);    /* nobody waits for the lock any more, whatever is unmapped from here on */
-    pthread_mutex_unlock(&table_lock);
+    pthread_mutex_unlock(&preload_lock);
 }

@@ -26,6 +26,17 @@ def boot_files() -> Path:
     return Path(os.environ.get("CSVFAST_BOOT_FILES") or cache / "csvfast" / "boot")
 
 
+def userfault_reason() -> str | None:
+    """Why no memory can be encrypted by the tests here; None = it can."""
+    if shutil.which("gcc") is None or shutil.which("make") is None:
+        return "gcc or make not installed"
+    sysctl = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    allowed = os.geteuid() == 0 or os.access("/dev/userfaultfd", os.R_OK | os.W_OK)
+    if not sysctl.exists() or not (allowed or sysctl.read_text().strip() == "1"):
+        return "userfaultfd is forbidden to this user (vm.unprivileged_userfaultfd)"
+    return None
+
+
 def newc(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
     """One entry of a cpio archive as the kernel unpacks it (its Documentation/driver-api/early-userspace/buffer-format.rst)."""
     path = name.encode() + b"\0"

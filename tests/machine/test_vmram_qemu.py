@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from machine import qemu_guest
-from machine.qemu_guest import KERNEL_TEXT, QEMU, SIZE, TEXT, Guest, boot_files, build_initrd, count
+from machine.qemu_guest import KERNEL_TEXT, QEMU, SIZE, TEXT, Guest, boot_files, build_initrd, count, userfault_reason
 
 from csvfast.crypto import SM4XTS
 
@@ -26,13 +26,7 @@ def reason_to_skip() -> str | None:
         return f"{QEMU} not installed (tools/install-test-tools.sh)"
     if not (boot_files() / "linux").is_file():
         return f"no kernel in {boot_files()} (tools/install-test-tools.sh)"
-    if shutil.which("gcc") is None or shutil.which("make") is None:
-        return "gcc or make not installed"
-    sysctl = Path("/proc/sys/vm/unprivileged_userfaultfd")
-    allowed = os.geteuid() == 0 or os.access("/dev/userfaultfd", os.R_OK | os.W_OK)
-    if not sysctl.exists() or not (allowed or sysctl.read_text().strip() == "1"):
-        return "userfaultfd is forbidden to this user (vm.unprivileged_userfaultfd)"
-    return None
+    return userfault_reason()
 
 
 REASON = reason_to_skip()
