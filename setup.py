@@ -1,5 +1,6 @@
-"""Build of the one extension, csvfast._core: the Cython binding and every C file of csrc/ in one shared object; on Linux also the C
-library for other programs and the one that is preloaded into QEMU, of the same objects.
+"""Build of the one extension, csvfast._core: the Cython binding and every C file of csrc/ in one shared object.
+
+On Linux also the C library for other programs and the one that is preloaded into QEMU, of the same objects.
 
 Instruction sets are chosen inside the C files (csrc/target_begin.h), so one set of flags serves all of them.
 
@@ -125,7 +126,7 @@ class BuildExtension(build_ext):
         window = compiler.compile(
             window_sources, output_dir=self.build_temp, include_dirs=ext.include_dirs, extra_postargs=compile_flags()
         )
-        preload = [name for name in window if Path(name).stem == "preload"]
+        preload = [name for name in window if Path(name).stem.startswith("preload")]
         objects = [*common, *(name for name in window if name not in preload)]
         flags = [*link_flags(), "-Wl,-z,relro,-z,now"]
         flags += [] if SANITIZE else ["-Wl,-z,defs"]

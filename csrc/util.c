@@ -19,7 +19,7 @@ const char *csvf_status_text(int status)
     case CSVF_ERR_MEMORY: return "an allocation failed";
     case CSVF_ERR_SYSTEM: return "a system call failed (see errno)";
     case CSVF_ERR_KERNEL: return "no kernel of that name, or this CPU cannot run it";
-    case CSVF_ERR_STATE: return "calls in the wrong order on a streaming object";
+    case CSVF_ERR_STATE: return "calls in the wrong order: the engine has had a key already";
     case CSVF_ERR_LIMIT: return "the limit on the amount of data under one key or nonce is reached";
     case CSVF_ERR_POINT: return "not an encoding of a point of the SM2 curve, or the point at infinity";
     case CSVF_ERR_FAULT: return "page tables give no translation for the access, or do not allow it";

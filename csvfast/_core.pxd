@@ -210,6 +210,27 @@ cdef extern from "csvfast.h" nogil:
                            size_t length)
     int csvf_engine_stats(const csvf_engine *engine, csvf_stats *stats)
 
+    enum:
+        CSVF_EVENT_INSTALL
+        CSVF_EVENT_REMOVE
+        CSVF_EVENT_READ
+        CSVF_EVENT_WRITE
+        CSVF_EVENT_LAUNCH
+    ctypedef struct csvf_event:
+        uint64_t address
+        uint64_t length
+        uint64_t generation
+        uint32_t asid
+        int kind
+        int is_encrypted
+    ctypedef void (*csvf_observer)(void *context, const csvf_event *event) noexcept nogil
+    int csvf_engine_set_observer(csvf_engine *engine, csvf_observer observer, void *context)
+    int csvf_asid_generate(csvf_engine *engine, uint32_t asid)
+    int csvf_engine_set_deterministic_insecure(csvf_engine *engine, const void *seed, size_t length)
+    int csvf_engine_is_deterministic(const csvf_engine *engine)
+    int csvf_engine_checkpoint(const csvf_engine *engine, int fd, const uint8_t *key, size_t key_length)
+    int csvf_engine_restore(csvf_engine *engine, int fd, const uint8_t *key, size_t key_length)
+
     const uint64_t CSVF_NO_TABLE
     ctypedef struct csvf_cache_level:
         uint64_t size

@@ -149,6 +149,7 @@ int csvf_write(csvf_engine *engine, uint32_t asid, uint64_t address, const void 
         if (length)
             memcpy(csvf__at(engine, address), data, length);
         count_host(engine, length);
+        csvf__observe(engine, CSVF_EVENT_WRITE, asid, address, length);
         return CSVF_OK;
     }
     csvf__access access;
@@ -157,6 +158,7 @@ int csvf_write(csvf_engine *engine, uint32_t asid, uint64_t address, const void 
         return status;
     write_guest(&access, address, data, length);
     csvf__access_end(&access);
+    csvf__observe(engine, CSVF_EVENT_WRITE, asid, address, length);
     return CSVF_OK;
 }
 
@@ -172,6 +174,7 @@ int csvf_read(csvf_engine *engine, void *data, size_t length, uint32_t asid, uin
         if (length)
             memcpy(data, csvf__at(engine, address), length);
         count_host(engine, length);
+        csvf__observe(engine, CSVF_EVENT_READ, asid, address, length);
         return CSVF_OK;
     }
     csvf__access access;
@@ -180,6 +183,7 @@ int csvf_read(csvf_engine *engine, void *data, size_t length, uint32_t asid, uin
         return status;
     read_guest(&access, data, address, length);
     csvf__access_end(&access);
+    csvf__observe(engine, CSVF_EVENT_READ, asid, address, length);
     return CSVF_OK;
 }
 

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include "../sm2/sm2_objects.h"
 #include "engine.h"
 
 enum { ASID_DEFAULT = 509, ASID_LIMIT = 65535 };
@@ -186,7 +187,24 @@ int csvf_engine_sync(csvf_engine *engine)
     return CSVF_OK;
 }
 
+int csvf_engine_set_observer(csvf_engine *engine, csvf_observer observer, void *context)
+{
+    if (!engine)
+        return CSVF_ERR_ARGUMENT;
+    engine->observer = observer;
+    engine->observer_context = context;
+    return CSVF_OK;
+}
+
 /* ---- Keys ---- */
+
+static void observe_key(const csvf_engine *engine, int kind, uint32_t asid, uint64_t generation)
+{
+    if (engine->observer) {
+        const csvf_event event = {.generation = generation, .asid = asid, .kind = kind};
+        engine->observer(engine->observer_context, &event);
+    }
+}
 
 int csvf_asid_install(csvf_engine *engine, uint32_t asid, const uint8_t *key, size_t key_length)
 {
@@ -196,11 +214,57 @@ int csvf_asid_install(csvf_engine *engine, uint32_t asid, const uint8_t *key, si
         return CSVF_ERR_LENGTH;
     if (asid == 0 || asid > engine->keys.asid_max)
         return CSVF_ERR_ASID;
-    const int status = csvf__keytable_install(&engine->keys, asid, key, engine->standard);
-    if (status == CSVF_OK)
+    uint64_t generation;
+    const int status = csvf__keytable_install(&engine->keys, &generation, asid, key, engine->standard);
+    if (status == CSVF_OK) {
         atomic_fetch_add(&engine->installed, 1);
+        observe_key(engine, CSVF_EVENT_INSTALL, asid, generation);
+    }
     return status;
 }
+
+/* A generation read before the key is made: should another thread install and remove a key in between, then a deterministic key is that
+ * of a generation earlier; threads that race for one ASID do not repeat anyway. */
+int csvf_asid_generate(csvf_engine *engine, uint32_t asid)
+{
+    uint64_t generation;
+    uint8_t key[CSVF_XTS_KEY_BYTES];
+    int status = csvf_asid_state(engine, &generation, NULL, asid);
+    if (status != CSVF_OK)
+        return status;
+    if (engine->is_deterministic) {
+        static const char label[34] = "csvfast insecure deterministic key";     /* without its zero */
+        uint8_t secret[CSVF_SM3_BYTES + sizeof label + 4 + 8];
+        uint8_t *at = secret + CSVF_SM3_BYTES + sizeof label;
+        memcpy(secret, engine->seed, CSVF_SM3_BYTES);
+        memcpy(secret + CSVF_SM3_BYTES, label, sizeof label);
+        for (int i = 0; i < 4; i++)
+            *at++ = (uint8_t)(asid >> 8 * i);
+        for (int i = 0; i < 8; i++)
+            *at++ = (uint8_t)((generation + 1) >> 8 * i);
+        status = csvf_sm3_kdf(key, sizeof key, secret, sizeof secret);
+        csvf_wipe(secret, sizeof secret);
+    } else {
+        status = csvf__sm2_random(key, sizeof key);
+    }
+    if (status == CSVF_OK)
+        status = csvf_asid_install(engine, asid, key, sizeof key);
+    csvf_wipe(key, sizeof key);
+    return status;
+}
+
+int csvf_engine_set_deterministic_insecure(csvf_engine *engine, const void *seed, size_t length)
+{
+    if (!engine || (!seed && length))
+        return CSVF_ERR_ARGUMENT;
+    if (engine->is_deterministic || atomic_load(&engine->installed))
+        return CSVF_ERR_STATE;
+    csvf_sm3_digest(engine->seed, seed, length);
+    engine->is_deterministic = 1;
+    return CSVF_OK;
+}
+
+int csvf_engine_is_deterministic(const csvf_engine *engine) { return engine ? engine->is_deterministic : 0; }
 
 int csvf_asid_remove(csvf_engine *engine, uint32_t asid)
 {
@@ -211,9 +275,11 @@ int csvf_asid_remove(csvf_engine *engine, uint32_t asid)
     const int status = csvf__keytable_remove_begin(&engine->keys, asid);
     if (status != CSVF_OK)
         return status;
+    const uint64_t generation = atomic_load(&engine->keys.states[asid]) >> CSVF__KEY_STATE_BITS;
     csvf__tweak_forget(&engine->tweaks, asid);
     atomic_fetch_add(&engine->removed, 1);
     csvf__keytable_remove_end(&engine->keys, asid);
+    observe_key(engine, CSVF_EVENT_REMOVE, asid, generation);
     return CSVF_OK;
 }
 

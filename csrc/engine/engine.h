@@ -37,7 +37,20 @@ struct csvf_engine {
     csvf__counters counters[CSVF__STRIPES];
     csvf__spinlock locks[CSVF__BLOCK_LOCKS];    /* of 16-byte blocks of which threads touch different parts */
     csvf__tweakcache tweaks;
+    csvf_observer observer;     /* NULL = nobody watches */
+    void *observer_context;
+    int is_deterministic;
+    uint8_t seed[CSVF_SM3_BYTES];   /* SM3 of the caller's */
 };
+
+/* Tells the observer, if there is one, of a call that succeeded. */
+static inline void csvf__observe(const csvf_engine *engine, int kind, uint32_t asid, uint64_t address, uint64_t length)
+{
+    if (__builtin_expect(engine->observer != NULL, 0) && length) {
+        const csvf_event event = {.address = address, .length = length, .asid = asid, .kind = kind, .is_encrypted = asid != 0};
+        engine->observer(engine->observer_context, &event);
+    }
+}
 
 /* One guest access under way: its key is pinned, its counts not yet added to the engine's. Bytes count where they really go
  * through SM4: a block read for a part of it counts as 16, a block written in part as 16 decrypted and 16 encrypted, and the whole

@@ -51,7 +51,7 @@ void csvf__keytable_destroy(csvf__keytable *table)
     *table = (csvf__keytable){0};
 }
 
-int csvf__keytable_install(csvf__keytable *table, uint32_t asid, const uint8_t key[32], int standard)
+int csvf__keytable_install(csvf__keytable *table, uint64_t *generation, uint32_t asid, const uint8_t key[32], int standard)
 {
     uint64_t state = atomic_load(&table->states[asid]);
     do {
@@ -65,8 +65,8 @@ int csvf__keytable_install(csvf__keytable *table, uint32_t asid, const uint8_t k
         atomic_store(&table->states[asid], state);
         return status;
     }
-    const uint64_t generation = (state >> CSVF__KEY_STATE_BITS) + 1;
-    atomic_store(&table->states[asid], generation << CSVF__KEY_STATE_BITS | CSVF__KEY_ACTIVE);
+    *generation = (state >> CSVF__KEY_STATE_BITS) + 1;
+    atomic_store(&table->states[asid], *generation << CSVF__KEY_STATE_BITS | CSVF__KEY_ACTIVE);
     return CSVF_OK;
 }
 

@@ -43,7 +43,7 @@ int csvf__keytable_create(csvf__keytable *table, uint32_t asid_max);
 /* Wipes what is installed and unmaps. No pin may be left. */
 void csvf__keytable_destroy(csvf__keytable *table);
 
-int csvf__keytable_install(csvf__keytable *table, uint32_t asid, const uint8_t key[32], int standard);
+int csvf__keytable_install(csvf__keytable *table, uint64_t *generation, uint32_t asid, const uint8_t key[32], int standard);
 /* Two halves, so that the caller wipes what it derived from the key in between: after begin no access uses the key. */
 int csvf__keytable_remove_begin(csvf__keytable *table, uint32_t asid);
 void csvf__keytable_remove_end(csvf__keytable *table, uint32_t asid);

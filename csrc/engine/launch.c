@@ -168,6 +168,8 @@ int csvf_launch_update(csvf_engine *engine, csvf_sm3 *linear, uint8_t *digests, 
     if (tail && status == CSVF_OK)
         launch_part(&access, linear, address + length - tail, tail);
     csvf__access_end(&access);
+    if (status == CSVF_OK)
+        csvf__observe(engine, CSVF_EVENT_LAUNCH, asid, address, length);
     return status;
 }
 

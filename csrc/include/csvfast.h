@@ -75,7 +75,7 @@ typedef enum csvf_status {
     CSVF_ERR_MEMORY = -10,      /* an allocation failed */
     CSVF_ERR_SYSTEM = -11,      /* a system call failed; errno says how */
     CSVF_ERR_KERNEL = -12,      /* no kernel of that name, or this CPU cannot run it */
-    CSVF_ERR_STATE = -13,       /* reserved: calls made in the wrong order; no function returns it yet */
+    CSVF_ERR_STATE = -13,       /* calls made in the wrong order: the engine has had a key already */
     CSVF_ERR_LIMIT = -14,       /* reserved: too much data under one key or nonce; GCM answers with CSVF_ERR_LENGTH */
     CSVF_ERR_POINT = -15,       /* not an encoding of a point of the SM2 curve, or the point at infinity where none may be */
     CSVF_ERR_FAULT = -16        /* page tables give no translation for the access, or do not allow it */
@@ -499,6 +499,69 @@ CSVF_API CSVF_MUST_CHECK int csvf_launch_update(csvf_engine *engine, csvf_sm3 *l
 
 /* Out: *stats, a sum that is exact when no other call is running. Returns: CSVF_OK, CSVF_ERR_ARGUMENT. SHARED. */
 CSVF_API CSVF_MUST_CHECK int csvf_engine_stats(const csvf_engine *engine, csvf_stats *stats);
+
+/* ---- Watching, repeating and keeping an engine ----------------------------------------------------------------------- */
+
+typedef enum csvf_event_kind {
+    CSVF_EVENT_INSTALL = 1, /* a key was installed for the ASID */
+    CSVF_EVENT_REMOVE = 2,  /* the ASID's key was removed */
+    CSVF_EVENT_READ = 3,    /* csvf_read and its kin, fills of a cache */
+    CSVF_EVENT_WRITE = 4,   /* csvf_write and its kin, write-backs of a cache */
+    CSVF_EVENT_LAUNCH = 5   /* csvf_launch_update, csvf_encrypt_in_place */
+} csvf_event_kind;
+
+/* What happened. Later versions may append fields: look at an event by its pointer, and do not copy it with '='. */
+typedef struct csvf_event {
+    uint64_t address;       /* system physical; 0 for keys */
+    uint64_t length;        /* bytes, never 0; 0 for keys */
+    uint64_t generation;    /* of the key, for CSVF_EVENT_INSTALL and CSVF_EVENT_REMOVE; else 0 */
+    uint32_t asid;          /* 0 = the host */
+    int kind;               /* csvf_event_kind */
+    int is_encrypted;       /* 1 if the bytes went through SM4: every access but the host's */
+} csvf_event;
+
+typedef void (*csvf_observer)(void *context, const csvf_event *event);
+
+/* Calls `observer` after each call that succeeded, in the thread that made it and before it returns; refused calls and those of no
+ * bytes are not told. The data are not shown: an observer that wants them reads them. It may call the engine (which is observed, too),
+ * but neither destroy it nor set an observer, and with several threads it is called from several at once. csvf_engine_dram's memory
+ * and csvf_vmram's windows are not watched. NULL ends it. Without an observer a call costs one comparison more.
+ * No other call on the engine may be running.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT. */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_set_observer(csvf_engine *engine, csvf_observer observer, void *context);
+
+/* Installs a key that the engine makes and nobody ever sees: 32 bytes of the system's generator; in deterministic mode those of
+ * csvf_engine_set_deterministic_insecure.
+ * Returns: as csvf_asid_install, and CSVF_ERR_SYSTEM (no randomness). SHARED. */
+CSVF_API CSVF_MUST_CHECK int csvf_asid_generate(csvf_engine *engine, uint32_t asid);
+
+/* INSECURE, for experiments that must give the same bytes each time: from now on csvf_asid_generate derives every key from the seed, and
+ * whoever knows or guesses the seed reads every guest. Key of an ASID's generation g (the first key is g = 1) =
+ *     csvf_sm3_kdf(SM3(seed) || "csvfast insecure deterministic key" || asid, 4 bytes || g, 8 bytes; little-endian), 32 bytes.
+ * There is no way back. No other call on the engine may be running.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_STATE (the engine has had a key, or a seed). */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_set_deterministic_insecure(csvf_engine *engine, const void *seed, size_t length);
+
+/* 1 if keys are derived from a seed, 0 if not or for NULL. SHARED. */
+CSVF_API int csvf_engine_is_deterministic(const csvf_engine *engine);
+
+/* Writes the engine's state to a file, pipe or socket, from its position on: DRAM as the host sees it (pages of zeros left out) and the
+ * ASIDs' generations. Keys are never written, statistics, observer and seed neither. The end is an SM3 of everything, or its HMAC
+ * under the caller's `key`: without it a checkpoint is as easy to change as DRAM. The format is in docs/embedding.md.
+ * No other call on the engine may be running, and nobody may write to its DRAM. On failure a part may have been written.
+ *   In: key   NULL (key_length 0) = a plain digest
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT, CSVF_ERR_SYSTEM (write). */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_checkpoint(const csvf_engine *engine, int fd, const uint8_t *key, size_t key_length);
+
+/* Reads what csvf_engine_checkpoint wrote into an engine that has had no key, of the same size, base address, standard and tweak
+ * model. Afterwards no ASID has a key: install them again. An ASID that had one comes back one generation earlier, so that it is then
+ * in the generation it was in, and csvf_asid_generate under the same deterministic seed makes the same key.
+ * No other call on the engine may be running. On failure the generations are untouched, and the DRAM is too if nothing of it was read;
+ * else it is all zeros.
+ * Returns: CSVF_OK, CSVF_ERR_ARGUMENT (no checkpoint, another version, sealed with a key and none given or the other way round, another
+ * engine's shape), CSVF_ERR_RANGE (its pages or ASIDs do not fit), CSVF_ERR_LENGTH (it ends early), CSVF_ERR_AUTHENTICATION (the digest
+ * does not match), CSVF_ERR_STATE (the engine has had a key), CSVF_ERR_MEMORY, CSVF_ERR_SYSTEM (read). */
+CSVF_API CSVF_MUST_CHECK int csvf_engine_restore(csvf_engine *engine, int fd, const uint8_t *key, size_t key_length);
 
 /* ---- Caches: what one CPU core keeps of the encrypted DRAM in plaintext -------------------------------------------- */
 /* One object models a core: an ASID-tagged TLB, one to three levels of write-back cache, and the data fabric's write buffer, over an
