@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
+from csvfast.errors import StateError
 from csvfast.processor.csv3_migration import Csv3MigrationCommands
 from csvfast.processor.state import StateDirectory
-from csvfast.processor.states import PlatformState
+from csvfast.processor.states import GuestState, PlatformState
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -56,6 +57,20 @@ class Processor(Csv3MigrationCommands):
         except BaseException:
             storage.close()
             raise
+
+    def key_memory_controller(self, handle: int, pipe: int) -> None:
+        """Writes a running guest's memory key (K1, K2) into a pipe whose other end the memory controller reads: the one in
+        another process that decrypts on behalf of the guest's vCPUs. Nobody else may hold that end.
+
+        Raises: FirmwareError: no such guest, not active, not RUNNING; OSError; StateError: the pipe did not take it whole.
+        """
+        with self.lock:
+            guest = self.guest(handle)
+            self.active_asid(guest)
+            self.require_state(guest, GuestState.RUNNING)
+            with memoryview(guest.vek) as key:
+                if os.write(pipe, key) != key.nbytes:
+                    raise StateError("the memory controller's pipe has no room for a key")
 
     def close(self) -> None:
         """Power off: guests are lost, keys leave the memory, the state directory is unlocked. Closing twice does nothing."""

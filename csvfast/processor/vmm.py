@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from csvfast.processor.frames import GuestRange
     from csvfast.processor.machine import Machine
 
-__all__ = ["GuestPlan", "Host", "LaunchedGuest", "Secret"]
+__all__ = ["FORCED_TABLE_ADDRESS", "GuestPlan", "Host", "LaunchedGuest", "Secret"]
 
 FOUR_GIB: Final = 1 << 32
 TMR_BYTES: Final = 1 << 20
@@ -277,7 +277,7 @@ class Host:
     def _load(self, plan: GuestPlan, predicted: LaunchDigest, handle: int, ram: int) -> tuple[int, int] | None:
         with Source(plan.firmware) as source:
             size = source.size or 0
-            table = GuidTable.read(source) if plan.kernel is not None or plan.vcpus > 1 else None
+            table = GuidTable.read(source) if plan.kernel is not None and not plan.force_hash_table else None
             place = self._give(handle, size, FOUR_GIB - -(-size // PAGE) * PAGE)
             done = 0
             for chunk in source.chunks():
@@ -290,7 +290,7 @@ class Host:
         if plan.kernel is not None:
             content = hash_table(*(item.sha256 for item in predicted.inputs))
             base = FORCED_TABLE_ADDRESS
-            if not plan.force_hash_table and table is not None:
+            if table is not None:
                 base = table.hash_table_area().base
             if base + len(content) > plan.memory_size:
                 raise AddressError(
