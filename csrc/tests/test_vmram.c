@@ -433,6 +433,21 @@ static void discarded(void)
     /* Behind our back, as a balloon without the preload library would: zeros too, and no hang. */
     CHECK(madvise(ram + size - PAGE, PAGE, MADV_DONTNEED) == 0);
     CHECK_BYTES(ram + size - PAGE, zeros, PAGE);
+    /* Nor when the library is the next to read them: it flushes, evicts on demand, or evicts for want of room. */
+    memset(ram + size - 8 * PAGE, 0x78, 8 * PAGE);
+    CHECK(madvise(ram + size - 4 * PAGE, 2 * PAGE, MADV_DONTNEED) == 0);
+    CHECK_STATUS(csvf_vmram_flush(vmram), CSVF_OK);
+    CHECK_BYTES(ram + size - 3 * PAGE, zeros, PAGE);
+    memset(ram + size - 8 * PAGE, 0x79, 8 * PAGE);
+    CHECK(madvise(ram + size - 4 * PAGE, 2 * PAGE, MADV_DONTNEED) == 0);
+    CHECK_STATUS(csvf_vmram_evict(vmram, size - 8 * PAGE, 8 * PAGE), CSVF_OK);
+    CHECK_BYTES(ram + size - 3 * PAGE, zeros, PAGE);
+    CHECK(ram[size - 5 * PAGE] == 0x79 && ram[size - 2 * PAGE] == 0x79);
+    memset(ram + size - 8 * PAGE, 0x7a, 8 * PAGE);
+    CHECK(madvise(ram + size - 4 * PAGE, 2 * PAGE, MADV_DONTNEED) == 0);
+    memset(ram, 0x77, size / 2);
+    CHECK_BYTES(ram + size - 3 * PAGE, zeros, PAGE);
+    CHECK(ram[size - 5 * PAGE] == 0x7a && ram[size - 2 * PAGE] == 0x7a);
     CHECK_STATUS(csvf_vmram_discard(vmram, 0, size), CSVF_OK);
     CHECK(stats_of(vmram).resident == 0);
     for (size_t page = 0; page < size; page += PAGE)

@@ -139,6 +139,21 @@ void csvf__userfault_wake(csvf_vmram *vmram, uint32_t first, uint32_t count)
     (void)ioctl(vmram->userfault, UFFDIO_WAKE, &range);
 }
 
+int csvf__userfault_complete(csvf_vmram *vmram, uint32_t first, uint32_t count, const uint8_t *zeros)
+{
+    unsigned char present[CSVF_VMRAM_READ_AHEAD_MAX];
+    for (uint32_t done = 0, some; done < count; done += some) {
+        some = count - done < CSVF_VMRAM_READ_AHEAD_MAX ? count - done : CSVF_VMRAM_READ_AHEAD_MAX;
+        if (mincore((void *)(uintptr_t)place_of(vmram, first + done), (size_t)some * CSVF_PAGE_BYTES, present))
+            return CSVF_ERR_SYSTEM;
+        /* One in the swap counts as absent as well: the copy then finds it, and leaves it alone. */
+        for (uint32_t i = 0; i < some; i++)
+            if (!(present[i] & 1) && csvf__userfault_copy(vmram, NULL, first + done + i, zeros, 1, 1) != CSVF_OK)
+                return CSVF_ERR_SYSTEM;
+    }
+    return CSVF_OK;
+}
+
 int csvf__userfault_drop(void *start, size_t length)
 {
     return syscall(SYS_madvise, start, length, MADV_DONTNEED) ? CSVF_ERR_SYSTEM : CSVF_OK;

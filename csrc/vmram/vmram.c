@@ -67,6 +67,18 @@ static void *reserve(size_t length)
 static size_t clock_length(const csvf_vmram *vmram) { return (size_t)vmram->window * sizeof(uint32_t); }
 static size_t pages_length(const csvf_vmram *vmram) { return (size_t)vmram->page_count * sizeof(csvf__page); }
 
+/* With room for a batch; without one, pages are evicted the slower way. */
+static void make_pipe(int ends[2])
+{
+    if (pipe2(ends, O_CLOEXEC | O_NONBLOCK)) {
+        ends[0] = ends[1] = -1;
+    } else if (fcntl(ends[1], F_SETPIPE_SZ, CSVF__BATCH_MAX * CSVF_PAGE_BYTES) < (int)(CSVF__BATCH_MAX * CSVF_PAGE_BYTES)) {
+        close(ends[0]);
+        close(ends[1]);
+        ends[0] = ends[1] = -1;
+    }
+}
+
 static int make_tables(csvf_vmram *vmram, uint32_t threads)
 {
     enum { SHARE = (CSVF_VMRAM_READ_AHEAD_MAX + CSVF_VMRAM_READ_AHEAD_MAX) * CSVF_PAGE_BYTES };
@@ -85,6 +97,8 @@ static int make_tables(csvf_vmram *vmram, uint32_t threads)
         hands->vmram = vmram;
         hands->plain = (uint8_t *)vmram->staging + (size_t)i * SHARE;
         hands->cipher = hands->plain + SHARE / 2;
+        if (i < threads)
+            make_pipe(hands->taken);
     }
     return CSVF_OK;
 }
@@ -202,7 +216,7 @@ int csvf_vmram_create(csvf_vmram **result, csvf_engine *engine, uint32_t asid, i
     vmram->report_context = settings.report_context;
     vmram->fd = vmram->userfault = vmram->stop = vmram->self = -1;
     for (int i = 0; i <= (int)CSVF_VMRAM_THREADS_MAX; i++)
-        vmram->hands[i].epoll = -1;
+        vmram->hands[i].epoll = vmram->hands[i].taken[0] = vmram->hands[i].taken[1] = -1;
     vmram->process = getpid();
     pthread_mutex_init(&vmram->lock, NULL);
     pthread_cond_init(&vmram->changed, NULL);
@@ -277,8 +291,11 @@ void csvf_vmram_destroy(csvf_vmram *vmram)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
     for (size_t i = 0; i <= CSVF_VMRAM_THREADS_MAX; i++)
-        if (vmram->hands[i].epoll >= 0)
-            close(vmram->hands[i].epoll);
+        for (int end = 0; end < 3; end++) {
+            const int descriptor = end < 2 ? vmram->hands[i].taken[end] : vmram->hands[i].epoll;
+            if (descriptor >= 0)
+                close(descriptor);
+        }
     if (vmram->owns_engine)
         csvf_engine_destroy(vmram->engine);
     free(vmram);

@@ -39,6 +39,7 @@ typedef struct csvf__hands {
     csvf_vmram *vmram;
     int epoll;
     uint8_t *plain, *cipher;    /* READ_AHEAD_MAX pages and BATCH_MAX pages */
+    int taken[2];               /* a pipe for the frames of pages on their way out, or -1 */
 } csvf__hands;
 
 typedef struct csvf__stream {
@@ -104,6 +105,10 @@ int csvf__userfault_copy(csvf_vmram *vmram, int *present, uint32_t first, const 
 int csvf__userfault_protect(csvf_vmram *vmram, uint32_t first, uint32_t count);
 int csvf__userfault_unprotect(csvf_vmram *vmram, uint32_t first, uint32_t count);
 void csvf__userfault_wake(csvf_vmram *vmram, uint32_t first, uint32_t count);
+
+/* Pages that somebody has dropped behind our back are zeros, and are put there (write-protected) before the library reads them: nobody could
+ * serve its own fault. zeros is a page. Returns: CSVF_OK, CSVF_ERR_SYSTEM. */
+int csvf__userfault_complete(csvf_vmram *vmram, uint32_t first, uint32_t count, const uint8_t *zeros);
 
 /* madvise(MADV_DONTNEED), past a preloaded madvise: that one stands for the program's calls and waits until no page is under way. */
 int csvf__userfault_drop(void *start, size_t length);

@@ -3,6 +3,8 @@
  * Software sees no accessed bits of another's page tables, so the clock's evidence is what it does see: a page that comes back soon
  * after it was evicted, or that is written after it was read, is in use and is spared a turn or more. */
 #define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -84,7 +86,78 @@ static uint32_t run_of(const victim *victims, uint32_t count, int mind_dirt)
     return run;
 }
 
-/* Ciphertext of the changed ones into the DRAM. Readers go on meanwhile; a writer faults on the protection, and waits. */
+/* No changed page is missing when the library reads it. */
+static int complete(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, uint32_t count)
+{
+    int status = CSVF_OK;
+    for (uint32_t i = 0; status == CSVF_OK && i < count;) {
+        const uint32_t run = run_of(victims + i, count - i, 1);
+        if (victims[i].is_dirty && csvf__userfault_complete(vmram, victims[i].page, run, hands->plain) != CSVF_OK)
+            status = csvf__fail(vmram, CSVF_ERR_SYSTEM, "a page of the memory cannot be looked at: was it unmapped?");
+        i += run;
+    }
+    return status;
+}
+
+/* Keeps the frames of the changed ones in a pipe: they can be dropped then, and read when nobody writes to them any more. Protecting them
+ * instead would cost a TLB flush on all CPUs for each, where dropping all costs one. Returns: 1, or 0 if it cannot be done, with nothing changed. */
+static int take(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, uint32_t count)
+{
+    struct iovec runs[CSVF__BATCH_MAX];
+    size_t used = 0, length = 0;
+    if (hands->taken[1] < 0)
+        return 0;
+    for (uint32_t i = 0; i < count;) {
+        const uint32_t run = run_of(victims + i, count - i, 1);
+        if (victims[i].is_dirty) {
+            runs[used] = (struct iovec){vmram->ram + (size_t)victims[i].page * CSVF_PAGE_BYTES, (size_t)run * CSVF_PAGE_BYTES};
+            length += runs[used++].iov_len;
+        }
+        i += run;
+    }
+    const ssize_t done = vmsplice(hands->taken[1], runs, used, SPLICE_F_NONBLOCK);
+    if (done == (ssize_t)length)
+        return 1;
+    for (ssize_t left = done, got; left > 0; left -= got) {
+        got = read(hands->taken[0], hands->cipher, (size_t)left);
+        if (got <= 0)
+            break;
+    }
+    csvf_wipe(hands->cipher, done > 0 ? (size_t)done : 0);
+    close(hands->taken[0]);     /* a system that does not allow it never will */
+    close(hands->taken[1]);
+    hands->taken[0] = hands->taken[1] = -1;
+    return 0;
+}
+
+/* Ciphertext of the taken ones into the DRAM. */
+static int store_taken(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, uint32_t count, uint32_t dirty)
+{
+    int status = csvf__dram_check(vmram);
+    const size_t length = (size_t)dirty * CSVF_PAGE_BYTES;
+    for (size_t done = 0; done < length;) {
+        const ssize_t got = read(hands->taken[0], hands->cipher + done, length - done);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return csvf__fail(vmram, CSVF_ERR_SYSTEM, "pages on their way out of the window are lost: %s", strerror(errno));
+        done += (size_t)got;
+    }
+    uint8_t *plain = hands->cipher;     /* encrypted in its place */
+    for (uint32_t i = 0; status == CSVF_OK && i < count;) {
+        const uint32_t run = run_of(victims + i, count - i, 1);
+        if (victims[i].is_dirty) {
+            status = csvf__dram_store(vmram, plain, plain, victims[i].page, run);
+            plain += (size_t)run * CSVF_PAGE_BYTES;
+        }
+        i += run;
+    }
+    if (status != CSVF_OK)
+        csvf_wipe(hands->cipher, length);
+    return status;
+}
+
+/* Ciphertext of the changed ones into the DRAM, from the memory. Readers go on meanwhile; a writer faults on the protection, and waits. */
 static int store(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, uint32_t count)
 {
     int status = csvf__dram_check(vmram);
@@ -138,9 +211,14 @@ uint32_t csvf__window_evict(csvf_vmram *vmram, csvf__hands *hands, uint32_t most
         dirty += (uint32_t)victims[i].is_dirty;
     vmram->busy += count;
     pthread_mutex_unlock(&vmram->lock);
-    int status = dirty ? store(vmram, hands, victims, count) : CSVF_OK;
+    int status = dirty ? complete(vmram, hands, victims, count) : CSVF_OK;
+    const int is_taken = status == CSVF_OK && dirty && take(vmram, hands, victims, count);
+    if (status == CSVF_OK && dirty && !is_taken)
+        status = store(vmram, hands, victims, count);
     if (status == CSVF_OK)
         status = drop(vmram, victims, count);
+    if (status == CSVF_OK && is_taken)
+        status = store_taken(vmram, hands, victims, count, dirty);
     pthread_mutex_lock(&vmram->lock);
     for (uint32_t i = 0; i < count; i++) {
         csvf__page *about = &vmram->pages[victims[i].page];
@@ -179,6 +257,8 @@ int csvf__window_flush(csvf_vmram *vmram, csvf__hands *hands)
             count++;
         if (count == 0)
             continue;
+        if (csvf__userfault_complete(vmram, page, count, hands->plain) != CSVF_OK)
+            return csvf__fail(vmram, CSVF_ERR_SYSTEM, "a page of the memory cannot be looked at: was it unmapped?");
         status = csvf__dram_store(vmram, hands->cipher, vmram->ram + (size_t)page * CSVF_PAGE_BYTES, page, count);
         for (uint32_t i = 0; status == CSVF_OK && i < count; i++) {
             vmram->pages[page + i].state = CSVF__CLEAN;
@@ -209,6 +289,8 @@ int csvf__window_expel(csvf_vmram *vmram, csvf__hands *hands, uint32_t first, ui
             run++;
         /* The staging of plaintext is zeros, as a page that was never written. */
         const uint8_t *plain = is_dirty ? vmram->ram + (size_t)page * CSVF_PAGE_BYTES : hands->plain;
+        if (is_dirty && csvf__userfault_complete(vmram, page, run, hands->plain) != CSVF_OK)
+            return csvf__fail(vmram, CSVF_ERR_SYSTEM, "a page of the memory cannot be looked at: was it unmapped?");
         status = csvf__dram_store(vmram, hands->cipher, plain, page, run);
         if (status == CSVF_OK)
             vmram->stats.bytes_encrypted += (uint64_t)run * CSVF_PAGE_BYTES;

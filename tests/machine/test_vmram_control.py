@@ -1,4 +1,4 @@
-"""What the preload library can be told: where in the DRAM the memory lies, what already stands there, and requests over its socket."""
+"""What the preload library is told: where in the DRAM the memory lies, what stands there already, requests over its socket."""
 
 from __future__ import annotations
 
@@ -185,9 +185,10 @@ def test_requests(start: Start, folder: Path) -> None:
 @pytest.mark.parametrize(
     "request_line",
     [
-        b"", b"evict", b"evict 1", b"evict 1 4096", b"evict 0 1", b"evict 0x200000 4096", b"evict -4096 4096", b"evict 0 4096 0",
-        b"evict  0 4096", b"evict 0 99999999999999999999999", b"evict 0xfffffffffffff000 8192", b"EVICT 0 0", b"flush ", b"flush\r",
-        b"snapshot", b"snapshot image", b"snapshot /nowhere/image", b"snapshot /dev/null", b"snapshot /tmp", b"stats\0", b"\xff\xfe",
+        b"", b"evict", b"evict 1", b"evict 1 4096", b"evict 0 1", b"evict 0x200000 4096", b"evict -4096 4096",
+        b"evict 0 4096 0", b"evict  0 4096", b"evict 0 99999999999999999999999", b"evict 0xfffffffffffff000 8192",
+        b"EVICT 0 0", b"flush ", b"flush\r", b"snapshot", b"snapshot image", b"snapshot /nowhere/image",
+        b"snapshot /dev/null", b"snapshot /tmp", b"stats\0", b"\xff\xfe",
     ],
 )  # fmt: skip
 def test_bad_requests(start: Start, folder: Path, request_line: bytes) -> None:
