@@ -148,6 +148,7 @@ need veritysetup cryptsetup-bin
 need openssl openssl
 need gpg gnupg
 need pkg-config pkg-config
+need g++ g++
 need objdump binutils
 # Debian keeps PostgreSQL's server programs outside PATH.
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need initdb postgresql

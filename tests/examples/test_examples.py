@@ -38,18 +38,6 @@ def test_python_example(example: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C library, built from this checkout and installed below a prefix."""
-    base = tmp_path_factory.mktemp("embed")
-    variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    subprocess.run(
-        ["make", "-C", str(ROOT / "csrc"), f"BUILD={base / 'build'}", f"PREFIX={base / 'prefix'}", "-j2", "install"],
-        check=True, capture_output=True, env=variables,
-    )  # fmt: skip
-    return base / "prefix"
-
-
 def run_embed(directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
     shutil.copytree(EXAMPLES / "06_embed", directory, ignore=shutil.ignore_patterns("embed"))
     variables = dict(os.environ) | (environment or {})
