@@ -44,7 +44,7 @@ def serve(
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="One JSON document when the server is ready.")] = False,
 ) -> None:
-    """Serve a simulated processor on a Unix socket until SIGTERM or Ctrl-C. docs/mailbox.md has the protocol."""
+    """Serve a simulated processor on a Unix socket until SIGTERM or Ctrl-C. docs/processor-socket.md has the protocol."""
     from csvfast.processor import PROFILES, Options, Processor
     from csvfast.processor.machine import LocalMachine
     from csvfast.processor.server import ProcessorServer, open_shared_memory

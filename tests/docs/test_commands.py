@@ -110,7 +110,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/certificates.md", 7, prepare_certificates),
     ("docs/reports.md", 5, evidence),
     ("docs/processor.md", 6, None),
-    ("docs/mailbox.md", 4, None),
+    ("docs/processor-socket.md", 4, None),
     ("docs/broker.md", 20, None),
     ("docs/cache-model.md", 3, None),
 ]

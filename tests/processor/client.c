@@ -1,4 +1,4 @@
-// A client of `csvfast platform serve` in plain C: docs/mailbox.md has the protocol.
+// A client of `csvfast platform serve` in plain C: docs/processor-socket.md has the protocol.
 //
 //     cc -o client client.c && ./client processor.sock
 
