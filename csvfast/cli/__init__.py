@@ -1,6 +1,6 @@
 """The `csvfast` command: one command, one room per subject.
 
-    csvfast info | bench | measure ... | memory demo | machine trace | chip ... | cert ... | report ... | platform ... | guest ...
+    csvfast info | bench | measure ... | memory demo | machine trace|run | chip ... | cert ... | report ... | platform ... | guest ...
             | broker ... | attest client
 
 Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.

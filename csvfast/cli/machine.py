@@ -97,3 +97,42 @@ def trace(
     out.print(table)
     out.print("Slow-down: modelled cycles with encryption over those without. Cycles are parameters, no measurements.",
               style="dim")  # fmt: skip
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run(
+    program: Annotated[str, typer.Argument(help="Static x86-64 Linux program, a path below --root.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="The program's arguments.")] = None,
+    root: Annotated[Path, typer.Option("--root", help="Directory that the program sees as /.")] = Path("/"),
+    directory: Annotated[str, typer.Option("--directory", help="Working directory below the root.")] = "/",
+    memory: Annotated[str, typer.Option("--memory", help="DRAM of all processes together.")] = "256MiB",
+    window: Annotated[str, typer.Option("--window", help="What each process has decrypted at once.")] = "256KiB",
+    dram: Annotated[Path | None, typer.Option("--dram", help="File that is the DRAM; kept.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--env", help="NAME=VALUE for the program; repeatable.")] = None,
+    instructions: Annotated[int | None, typer.Option("--instructions", min=1, help="Limit of instructions.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0.001, help="Limit of time.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Figures on standard error afterwards.")] = False,
+) -> None:
+    """A static Linux program whose memory stands encrypted in the DRAM; ends with the program's exit code.
+
+    Needs csvfast[unicorn]. A system call that the machine has not ends the run with exit code 3 and its number.
+    """
+    import sys
+
+    from csvfast.machine.emulator import run_program
+
+    environment = {"PATH": "/usr/bin:/bin:/sbin"}
+    for text in setting or []:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise CommandError(f"--env {text!r}: expected NAME=VALUE")
+        environment[name] = value
+    sys.stdout.flush()
+    result = run_program(
+        program, arguments or [], root=root, directory=directory, environment=environment, memory=parse_size(memory),
+        window=parse_size(window), dram=dram, instructions=instructions, seconds=seconds,
+    )  # fmt: skip
+    if stats:
+        print(f"csvfast: {result.calls} system calls, {result.fills} fills, {result.decrypted} pages decrypted, "
+              f"{result.encrypted} encrypted, {result.flushes} flushes", file=sys.stderr)  # fmt: skip
+    raise typer.Exit(result.exit_code)

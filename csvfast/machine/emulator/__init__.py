@@ -1,0 +1,15 @@
+"""An x86-64 core of software whose memory is ciphertext in the DRAM: static Linux programs, through Unicorn.
+
+`run_program` runs a program and those it starts; the extra is csvfast[unicorn].
+"""
+
+from __future__ import annotations
+
+from csvfast import _extras
+
+_extras.need("unicorn", "unicorn")
+
+from csvfast.machine.emulator.process import UnsupportedCall  # noqa: E402
+from csvfast.machine.emulator.run import RunResult, run_program  # noqa: E402
+
+__all__ = ["RunResult", "UnsupportedCall", "run_program"]

@@ -1,0 +1,103 @@
+"""ELF64 programs (System V ABI, AMD64 supplement, 3.4): static and static-pie, and the stack they start with."""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING, Final
+
+from csvfast import errors
+from csvfast.machine.emulator.window import EXECUTE, PAGE, READ, WRITE, Area
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from csvfast.machine.emulator.window import AddressSpace
+
+__all__ = ["load"]
+
+_HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
+_SEGMENT: Final = struct.Struct("<IIQQQQQQ")
+_LOAD, _INTERPRETER, _STACK_BYTES = 1, 3, 8 << 20
+_PIE_BASE: Final = 0x5555_5555_4000
+_STACK_TOP: Final = 0x7FFF_FFFF_0000
+_LIMIT: Final = 0x7FFF_0000_0000
+
+
+def load(
+    space: AddressSpace, file: int, name: str, arguments: Sequence[bytes], environment: Sequence[bytes]
+) -> tuple[int, int]:
+    """Loads a program into an empty address space.
+
+    In: file   descriptor of the program; the space keeps copies of it
+        name   what errors call it
+    Out: the entry's address and the stack pointer.
+    Raises: FormatError in one line for anything that is not such a program.
+    """
+    head = os.pread(file, _HEADER.size, 0)
+    size = os.fstat(file).st_size
+    if len(head) < _HEADER.size or head[:4] != b"\x7fELF":
+        raise errors.FormatError(f"{name}: no ELF file")
+    identity, kind, machine, _, entry, table, _, _, _, step, count, *_ = _HEADER.unpack(head)
+    if identity[4] != 2 or identity[5] != 1 or machine != 62:
+        raise errors.FormatError(f"{name}: machine {machine}, class {identity[4]}; expected ELF64 for x86-64")
+    if kind not in (2, 3):
+        raise errors.FormatError(f"{name}: ELF type {kind}; expected an executable (2 or 3)")
+    if step != _SEGMENT.size or not 0 < count <= 128 or table + count * step > size:
+        raise errors.FormatError(f"{name}: program headers ({count} of {step} bytes at {table:#x}) reach past the file")
+    segments = [_SEGMENT.unpack(os.pread(file, step, table + index * step)) for index in range(count)]
+    if any(segment[0] == _INTERPRETER for segment in segments):
+        raise errors.FormatError(f"{name}: dynamically linked; expected a static program")
+    loads = [segment for segment in segments if segment[0] == _LOAD]
+    if not loads:
+        raise errors.FormatError(f"{name}: nothing to load")
+    base = _PIE_BASE if kind == 3 else 0
+    end = 0
+    for _, flags, offset, address, _, in_file, in_memory, _ in loads:
+        address += base
+        if in_file > in_memory or offset + in_file > size or (offset - address) % PAGE or not (
+            PAGE <= address and address + in_memory <= _LIMIT and in_memory
+        ):
+            raise errors.FormatError(f"{name}: segment at {address:#x} ({in_memory} bytes) does not fit file or memory")
+        rights = (READ if flags & 4 else 0) | (WRITE if flags & 2 else 0) | (EXECUTE if flags & 1 else 0)
+        start = address & -PAGE
+        stop = (address + in_memory + PAGE - 1) & -PAGE
+        if start < end:
+            raise errors.FormatError(f"{name}: segments overlap or are not in order at {start:#x}")
+        space.map(Area(start, stop, rights, os.dup(file), offset & -PAGE, address - start + in_file))
+        end = stop
+    space.brk = space.brk_start = end + (PAGE << 4)
+    if space.area(base + entry) is None:
+        raise errors.FormatError(f"{name}: entry {entry:#x} lies in no segment")
+    headers = next((base + s[3] + table - s[2] for s in loads if s[2] <= table < s[2] + s[5]), 0)
+    return base + entry, _stack(space, name, arguments, environment, (base + entry, headers, count))
+
+
+def _stack(
+    space: AddressSpace, name: str, arguments: Sequence[bytes], environment: Sequence[bytes], image: tuple[int, int, int]
+) -> int:
+    space.map(Area(_STACK_TOP - _STACK_BYTES, _STACK_TOP, READ | WRITE))
+    place = _STACK_TOP - 16
+
+    def put(data: bytes) -> int:
+        nonlocal place
+        place -= len(data)
+        if place < _STACK_TOP - _STACK_BYTES // 4:
+            raise errors.FormatError(f"{name}: arguments and environment are too long")
+        space.write(place, data)
+        return place
+
+    run = put(os.fsencode(name) + b"\0")
+    arguments_at = [put(text + b"\0") for text in arguments]
+    environment_at = [put(text + b"\0") for text in environment]
+    platform = put(b"x86_64\0")
+    random = put(os.urandom(16))
+    entry, headers, count = image
+    auxiliary = [
+        3, headers, 4, _SEGMENT.size, 5, count, 6, PAGE, 7, 0, 8, 0, 9, entry, 11, os.getuid(), 12, os.geteuid(),
+        13, os.getgid(), 14, os.getegid(), 15, platform, 16, 0x178BFBFF, 17, 100, 23, 0, 25, random, 26, 0, 31, run, 0, 0,
+    ]  # fmt: skip
+    words = [len(arguments), *arguments_at, 0, *environment_at, 0, *auxiliary]
+    place = (place & -16) - (len(words) * 8 + 15 & -16)
+    space.write(place, struct.pack(f"<{len(words)}Q", *words))
+    return place

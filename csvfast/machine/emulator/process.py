@@ -1,0 +1,321 @@
+"""A process of the emulated machine: registers in Unicorn, memory behind the window, system calls served here.
+
+A fork is a fork of the host: parent and child run at once, pipes, waiting and signals are the host's. What they share is the
+DRAM and the key; the child's pages move to frames of its own before the parent goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+import warnings
+from typing import TYPE_CHECKING, Any, Final
+
+import unicorn
+from unicorn import unicorn_const as constants
+from unicorn import x86_const as x86
+
+from csvfast import errors
+from csvfast.machine.emulator.loader import load
+from csvfast.machine.emulator.window import AddressSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from csvfast.machine.emulator.files import Files
+    from csvfast.machine.emulator.frames import Frames
+    from csvfast.memory import EncryptedMemory
+
+__all__ = ["Ended", "Interrupted", "Process", "UnsupportedCall"]
+
+_ARGUMENTS: Final = (x86.UC_X86_REG_RDI, x86.UC_X86_REG_RSI, x86.UC_X86_REG_RDX, x86.UC_X86_REG_R10,
+                     x86.UC_X86_REG_R8, x86.UC_X86_REG_R9)  # fmt: skip
+_CALL: Final = (x86.UC_X86_REG_RAX, *_ARGUMENTS)
+_SAVED: Final = (
+    *(getattr(x86, f"UC_X86_REG_R{number}") for number in range(8, 16)), x86.UC_X86_REG_RDI, x86.UC_X86_REG_RSI,
+    x86.UC_X86_REG_RBP, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RDX, x86.UC_X86_REG_RAX, x86.UC_X86_REG_RCX,
+    x86.UC_X86_REG_RSP, x86.UC_X86_REG_RIP, x86.UC_X86_REG_EFLAGS,
+)  # fmt: skip
+_FRAME_BYTES: Final = 8 + 304 + 128  # return address, ucontext (asm/ucontext.h), siginfo
+_RESTART: Final = 0x10000000
+_NODEFER: Final = 0x40000000
+_RESET: Final = 0x80000000
+_IMMUTABLE: Final = {signal.SIGKILL, signal.SIGSTOP}
+
+
+class Ended(BaseException):
+    """The process is over."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Interrupted(BaseException):
+    """A signal with a handler came while a call waited."""
+
+
+class UnsupportedCall(errors.CsvfastError):
+    """The program asked for a system call that the machine has not."""
+
+    exit_code = 3
+
+
+class Process:
+    """One guest process and those it forks.
+
+    In: instructions   limit of each stretch between two forks or programs; None = none
+        deadline       of time.monotonic(); None = none
+    """
+
+    def __init__(
+        self, memory: EncryptedMemory, asid: int, frames: Frames, window: int, files: Files, *,
+        instructions: int | None = None, deadline: float | None = None,
+    ) -> None:  # fmt: skip
+        from csvfast.machine.emulator import syscalls
+
+        self.space = AddressSpace(memory, asid, frames, window)
+        self.frames, self.files = frames, files
+        self.instructions, self.deadline = instructions, deadline
+        self.actions: dict[int, tuple[int, int, int, int]] = {}
+        self.mask = 0
+        self.pending: list[int] = []
+        self.waiting = False
+        self.first = True
+        self.name = ""
+        self.todo: Callable[[], int | None] | None = None
+        self.calls = 0
+        self._contexts: dict[int, Any] = {}
+        self._table = syscalls.TABLE
+        self._failure: BaseException | None = None
+        self._running = threading.Event()
+        self._wake = (-1, -1)
+
+    # ---- Programs
+
+    def execute(self, file: int, name: str, arguments: Sequence[bytes], environment: Sequence[bytes]) -> None:
+        """Replaces the process's program. Raises FormatError."""
+        self.space.uc = None
+        self.space.clear()
+        entry, stack = load(self.space, file, name, arguments, environment)
+        self.name = name
+        uc = unicorn.Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)
+        self.uc = uc
+        self.space.attach(uc)
+        uc.hook_add(constants.UC_HOOK_INSN, self._syscall, None, 1, 0, x86.UC_X86_INS_SYSCALL)
+        uc.reg_write(x86.UC_X86_REG_RSP, stack)
+        uc.reg_write(x86.UC_X86_REG_RIP, entry)
+        self._contexts.clear()
+        for number, (handler, *_) in list(self.actions.items()):
+            if handler > 1:
+                del self.actions[number]
+                signal.signal(number, signal.SIG_DFL)
+
+    def run(self) -> int:
+        """Runs until the process ends. Out: the exit code of the first process; forked ones end here."""
+        self._watch()
+        try:
+            while True:
+                self._step()
+        except Ended as end:
+            code = end.code
+        except (errors.CsvfastError, MemoryError, OSError) as problem:
+            if self.first:
+                raise
+            print(f"csvfast: error: {problem}", file=sys.stderr, flush=True)
+            code = 3
+        self.frames.release(os.getpid())
+        if self.first:
+            return code
+        if code >= 256:
+            self.die(code - 256)
+        os._exit(code)
+
+    def _step(self) -> None:
+        self._deliver()
+        start = self.uc.reg_read(x86.UC_X86_REG_RIP)
+        stopped = False
+        self._running.set()
+        try:
+            self.uc.emu_start(start, 0, count=self.instructions or 0)
+        except unicorn.UcError as problem:
+            stopped = True
+            if self._failure is None:
+                self._fault(problem)
+        finally:
+            self._running.clear()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise errors.LimitError(f"{self.name}: the time is over")
+        todo, self.todo = self.todo, None
+        if todo is not None:
+            result = todo()
+            if result is not None:
+                self.uc.reg_write(x86.UC_X86_REG_RAX, result)
+        elif self.instructions and not stopped and not self.pending:
+            raise errors.LimitError(f"{self.name}: more than {self.instructions} instructions")
+
+    def _fault(self, problem: unicorn.UcError) -> None:
+        number = signal.SIGILL if problem.errno in (
+            constants.UC_ERR_INSN_INVALID, constants.UC_ERR_EXCEPTION
+        ) else signal.SIGSEGV  # fmt: skip
+        action = self.actions.get(number)
+        if action is not None and action[0] > 1:
+            self.pending.append(number)
+            return
+        place = self.uc.reg_read(x86.UC_X86_REG_RIP)
+        print(f"csvfast: {self.name}: {signal.strsignal(number)} at {place:#x}, "
+              f"last refused address {self.space.touched:#x}: {problem}", file=sys.stderr, flush=True)  # fmt: skip
+        raise Ended(256 + number)
+
+    # ---- Calls
+
+    def _syscall(self, uc: Any, _data: Any) -> None:
+        number, *arguments = uc.reg_read_batch(_CALL)
+        self.calls += 1
+        call = self._table.get(number)
+        if call is None:
+            self._failure = UnsupportedCall(f"{self.name}: system call {number} is not supported")
+            uc.emu_stop()
+            return
+        try:
+            result = call(self, *arguments)
+        except OSError as problem:
+            result = -(problem.errno or 5)
+        except Interrupted:
+            result = -4
+        except BaseException as problem:
+            self._failure = problem
+            uc.emu_stop()
+            return
+        finally:
+            self.waiting = False
+        if result is not None:
+            uc.reg_write(x86.UC_X86_REG_RAX, result)
+        if self.todo is not None or self.pending:
+            uc.emu_stop()
+
+    def fork(self, stack: int) -> int:
+        """A child that goes on from here. Out: its number in the parent, 0 in the child."""
+        ready, tell = os.pipe()
+        sys.stdout.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the watching thread holds no lock that the child needs
+            child = os.fork()
+        if child:
+            os.close(tell)
+            os.read(ready, 1)
+            os.close(ready)
+            return child
+        os.close(ready)
+        self.first = False
+        self.pending = []
+        self._watch()
+        self.space.forked()
+        os.close(tell)
+        if stack:
+            self.uc.reg_write(x86.UC_X86_REG_RSP, stack)
+        return 0
+
+    def die(self, number: int) -> None:
+        """Ends the host's process by a signal, as the guest's would have."""
+        if number not in _IMMUTABLE:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)
+
+    def close(self) -> None:
+        """Closes the process's files and forgets its memory."""
+        signal.set_wakeup_fd(-1)
+        for number in list(self.files.open_files):
+            self.files.close(number)
+        self.space.uc = None
+        self.space.clear()
+
+    # ---- Signals
+
+    def set_action(self, number: int, action: tuple[int, int, int, int]) -> None:
+        """handler, flags, restorer, mask of a signal; handler 0 = default, 1 = ignore."""
+        self.actions[number] = action
+        if action[0] == 0:
+            signal.signal(number, signal.SIG_DFL)
+        elif action[0] == 1:
+            signal.signal(number, signal.SIG_IGN)
+        else:
+            signal.signal(number, self._caught)
+
+    def _caught(self, number: int, _frame: Any) -> None:
+        if number not in self.pending:
+            self.pending.append(number)
+        if self.waiting and not self.mask >> (number - 1) & 1:
+            self.waiting = False
+            raise Interrupted
+
+    def _deliver(self) -> None:
+        for number in list(self.pending):
+            if self.mask >> (number - 1) & 1:
+                continue
+            self.pending.remove(number)
+            handler, flags, restorer, blocked = self.actions.get(number, (0, 0, 0, 0))
+            if handler <= 1:
+                continue
+            registers = self.uc.reg_read_batch(_SAVED)
+            frame = ((registers[15] - 128 - _FRAME_BYTES) & -16) - 8
+            context = struct.pack("<5Q", 0, 0, 0, 0, 0) + struct.pack("<18Q", *registers)
+            context += struct.pack("<Q", 0x33) + bytes(4 * 8) + bytes(72) + struct.pack("<Q", self.mask)
+            self.space.write(frame, struct.pack("<Q", restorer) + context + struct.pack("<iii", number, 0, 0))
+            self._contexts[frame] = self.uc.context_save()
+            if not flags & _NODEFER:
+                self.mask |= 1 << (number - 1)
+            self.mask |= blocked
+            if flags & _RESET:
+                self.set_action(number, (0, 0, 0, 0))
+            for register, value in (
+                (x86.UC_X86_REG_RSP, frame), (x86.UC_X86_REG_RIP, handler), (x86.UC_X86_REG_RDI, number),
+                (x86.UC_X86_REG_RSI, frame + 312), (x86.UC_X86_REG_RDX, frame + 8), (x86.UC_X86_REG_RAX, 0),
+            ):  # fmt: skip
+                self.uc.reg_write(register, value)
+
+    def signal_return(self) -> None:
+        """rt_sigreturn: back to where the signal came."""
+        frame = self.uc.reg_read(x86.UC_X86_REG_RSP) - 8
+        registers = struct.unpack("<18Q", self.space.read(frame + 48, 144))
+        (self.mask,) = struct.unpack("<Q", self.space.read(frame + 304, 8))
+        context = self._contexts.pop(frame, None)
+        if context is not None:  # vector and floating-point registers
+            self.uc.context_restore(context)
+        for register, value in zip(_SAVED, registers, strict=True):
+            self.uc.reg_write(register, value)
+
+    def _watch(self) -> None:
+        """A thread that stops the emulation when a signal or the deadline is there: Python sees neither inside of it."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for old in self._wake:
+            if old >= 0:
+                os.close(old)
+        self._wake = (read, write)
+        threading.Thread(target=self._watching, args=(read,), daemon=True).start()
+
+    def _watching(self, read: int) -> None:
+        import select
+
+        while True:
+            left = None if self.deadline is None else max(self.deadline - time.monotonic(), 0.02)
+            try:
+                if select.select([read], [], [], left)[0]:
+                    os.read(read, 64)
+            except (OSError, ValueError):
+                return
+            for _ in range(20):  # a stop that comes before the start is lost
+                if self._running.is_set():
+                    self.uc.emu_stop()
+                    time.sleep(0.005)

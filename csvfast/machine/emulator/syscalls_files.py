@@ -1,0 +1,242 @@
+"""System calls about open files: reading, writing, pipes, descriptors, terminals, polling."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import stat
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from csvfast.machine.emulator.process import Process
+
+__all__ = ["CALLS", "number_of", "signed"]
+
+_BULK: Final = 1 << 17  # bytes of one call: a program is told what was done and goes on
+_CLOEXEC: Final = 0o2000000
+
+
+def signed(value: int, bits: int = 64) -> int:
+    """A register's value as a signed number."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def number_of(value: int) -> int:
+    """A register as an int."""
+    return signed(value, 32)
+
+
+def _read(process: Process, number: int, address: int, length: int, *_: int) -> int:
+    host = process.files.host(number_of(number))
+    process.waiting = True
+    data = os.read(host, min(length, _BULK))
+    process.waiting = False
+    process.space.write(address, data)
+    return len(data)
+
+
+def _write(process: Process, number: int, address: int, length: int, *_: int) -> int:
+    host = process.files.host(number_of(number))
+    data = process.space.read(address, min(length, _BULK))
+    process.waiting = True
+    return os.write(host, data)
+
+
+def _pread(process: Process, number: int, address: int, length: int, offset: int, *_: int) -> int:
+    data = os.pread(process.files.host(number_of(number)), min(length, _BULK), signed(offset))
+    process.space.write(address, data)
+    return len(data)
+
+
+def _pwrite(process: Process, number: int, address: int, length: int, offset: int, *_: int) -> int:
+    data = process.space.read(address, min(length, _BULK))
+    return os.pwrite(process.files.host(number_of(number)), data, signed(offset))
+
+
+def _vectors(process: Process, address: int, count: int) -> list[tuple[int, int]]:
+    if not 0 <= count <= 1024:
+        raise OSError(errno.EINVAL, "vectors")
+    words = struct.unpack(f"<{2 * count}Q", process.space.read(address, 16 * count))
+    return list(zip(words[::2], words[1::2], strict=True))
+
+
+def _readv(process: Process, number: int, address: int, count: int, *_: int) -> int:
+    vectors = _vectors(process, address, count)
+    host = process.files.host(number_of(number))
+    process.waiting = True
+    data = os.read(host, min(sum(length for _, length in vectors), _BULK))
+    process.waiting = False
+    place = 0
+    for start, length in vectors:
+        part = data[place : place + length]
+        process.space.write(start, part)
+        place += len(part)
+    return place
+
+
+def _writev(process: Process, number: int, address: int, count: int, *_: int) -> int:
+    host = process.files.host(number_of(number))
+    data = bytearray()
+    for start, length in _vectors(process, address, count):
+        data += process.space.read(start, min(length, _BULK - len(data)))
+    process.waiting = True
+    return os.write(host, data)
+
+
+def _close(process: Process, number: int, *_: int) -> int:
+    process.files.close(number_of(number))
+    return 0
+
+
+def _lseek(process: Process, number: int, offset: int, whence: int, *_: int) -> int:
+    return os.lseek(process.files.host(number_of(number)), signed(offset), whence & 0xFFFFFFFF)
+
+
+def _dup(process: Process, number: int, *_: int) -> int:
+    return process.files.add(os.dup(process.files.host(number_of(number))))
+
+
+def _dup2(process: Process, old: int, new: int, *_: int) -> int:
+    if old == new:
+        process.files.host(number_of(old))
+        return new
+    return _dup3(process, old, new, 0)
+
+
+def _dup3(process: Process, old: int, new: int, flags: int, *_: int) -> int:
+    if old == new or flags & ~_CLOEXEC:
+        raise OSError(errno.EINVAL, "dup3")
+    if not 0 <= number_of(new) < 1024:
+        raise OSError(errno.EBADF, "dup3")
+    return process.files.duplicate(number_of(old), number_of(new), close_on_exec=bool(flags & _CLOEXEC))
+
+
+def _pipe(process: Process, address: int, flags: int = 0, *_: int) -> int:
+    ends = os.pipe2((flags & (os.O_NONBLOCK | _CLOEXEC)) | os.O_CLOEXEC)
+    numbers = [process.files.add(host, close_on_exec=bool(flags & _CLOEXEC)) for host in ends]
+    process.space.write(address, struct.pack("<ii", *numbers))
+    return 0
+
+
+def _pipe_plain(process: Process, address: int, *_: int) -> int:
+    return _pipe(process, address)
+
+
+def _fcntl(process: Process, number: int, command: int, argument: int, *_: int) -> int:
+    files, number = process.files, number_of(number)
+    host = files.host(number)
+    if command in (0, 1030):  # F_DUPFD, F_DUPFD_CLOEXEC
+        if not 0 <= signed(argument) < 1024:
+            raise OSError(errno.EINVAL, "fcntl")
+        return files.add(os.dup(host), least=argument, close_on_exec=command == 1030)
+    if command == 1:
+        return int(number in files.close_on_exec)
+    if command == 2:
+        (files.close_on_exec.add if argument & 1 else files.close_on_exec.discard)(number)
+        return 0
+    if command == 3:
+        return fcntl.fcntl(host, fcntl.F_GETFL)
+    if command == 4:
+        return fcntl.fcntl(host, fcntl.F_SETFL, argument & (os.O_NONBLOCK | os.O_APPEND))
+    if command in (5, 6, 7):  # locks
+        answer = fcntl.fcntl(host, command, process.space.read(argument, 32))
+        if command == 5:
+            process.space.write(argument, answer)
+        return 0
+    raise OSError(errno.EINVAL, "fcntl")
+
+
+def _ioctl(process: Process, number: int, request: int, address: int, *_: int) -> int:
+    host = process.files.host(number_of(number))
+    request &= 0xFFFFFFFF
+    sizes = {0x5401: 36, 0x5413: 8, 0x540F: 4, 0x541B: 4}  # TCGETS, TIOCGWINSZ, TIOCGPGRP, FIONREAD
+    writes = {0x5402: 36, 0x5403: 36, 0x5404: 36, 0x5410: 4, 0x5414: 8}  # TCSETS*, TIOCSPGRP, TIOCSWINSZ
+    if request in sizes:
+        process.space.write(address, fcntl.ioctl(host, request, bytes(sizes[request])))
+        return 0
+    if request in writes:
+        fcntl.ioctl(host, request, process.space.read(address, writes[request]))
+        return 0
+    raise OSError(errno.ENOTTY, "ioctl")
+
+
+def _ftruncate(process: Process, number: int, length: int, *_: int) -> int:
+    os.ftruncate(process.files.host(number_of(number)), signed(length))
+    return 0
+
+
+def _fsync(process: Process, number: int, *_: int) -> int:
+    os.fsync(process.files.host(number_of(number)))
+    return 0
+
+
+def _flock(process: Process, number: int, operation: int, *_: int) -> int:
+    fcntl.flock(process.files.host(number_of(number)), operation & 0xF)
+    return 0
+
+
+def _sendfile(process: Process, out: int, source: int, offset: int, length: int, *_: int) -> int:
+    if offset:
+        (place,) = struct.unpack("<q", process.space.read(offset, 8))
+        data = os.pread(process.files.host(number_of(source)), min(length, _BULK), place)
+        done = os.write(process.files.host(number_of(out)), data)
+        process.space.write(offset, struct.pack("<q", place + done))
+        return done
+    if not stat.S_ISREG(os.fstat(process.files.host(number_of(source))).st_mode):
+        raise OSError(errno.EINVAL, "sendfile")
+    data = os.read(process.files.host(number_of(source)), min(length, _BULK))
+    done = 0
+    while done < len(data):
+        done += os.write(process.files.host(number_of(out)), data[done:])
+    return done
+
+
+def _poll(process: Process, address: int, count: int, timeout: int, *_: int) -> int:
+    if not 0 <= count <= 1024:
+        raise OSError(errno.EINVAL, "poll")
+    entries = [list(entry) for entry in struct.iter_unpack("<ihh", process.space.read(address, 8 * count))]
+    poller = select.poll()
+    ready = 0
+    hosts: dict[int, list[list[int]]] = {}
+    for entry in entries:
+        entry[2] = 0
+        if entry[0] < 0:
+            continue
+        host = process.files.open_files.get(entry[0])
+        if host is None:
+            entry[2] = select.POLLNVAL
+            ready += 1
+            continue
+        hosts.setdefault(host, []).append(entry)
+    for host, same in hosts.items():
+        wanted = 0
+        for entry in same:
+            wanted |= entry[1]
+        poller.register(host, wanted)
+    process.waiting = True
+    wait = number_of(timeout)
+    found = poller.poll(0 if ready else (None if wait < 0 else wait))
+    process.waiting = False
+    for host, events in found:
+        for entry in hosts[host]:
+            entry[2] = events & (entry[1] | select.POLLERR | select.POLLHUP | select.POLLNVAL)
+            ready += bool(entry[2])
+    process.space.write(address, b"".join(struct.pack("<ihh", *entry) for entry in entries))
+    return ready
+
+
+def _fadvise(_process: Process, *_: int) -> int:
+    return 0
+
+
+CALLS: Final[dict[int, Callable[..., Any]]] = {
+    0: _read, 1: _write, 3: _close, 7: _poll, 8: _lseek, 16: _ioctl, 17: _pread, 18: _pwrite, 19: _readv, 20: _writev,
+    22: _pipe_plain, 32: _dup, 33: _dup2, 40: _sendfile, 72: _fcntl, 73: _flock, 74: _fsync, 75: _fsync,
+    77: _ftruncate, 221: _fadvise, 292: _dup3, 293: _pipe,
+}  # fmt: skip

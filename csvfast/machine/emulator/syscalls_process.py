@@ -1,0 +1,398 @@
+"""System calls about processes, signals, identity, time and randomness."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import select
+import signal
+import struct
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from unicorn import x86_const as x86
+
+from csvfast import errors
+from csvfast.machine.emulator.files import AT_FDCWD
+from csvfast.machine.emulator.process import Ended
+from csvfast.machine.emulator.syscalls_files import number_of, signed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from csvfast.machine.emulator.process import Process
+
+__all__ = ["CALLS"]
+
+_VFORK, _VM, _THREAD, _SETTLS, _CHILD_SETTID, _PARENT_SETTID = 0x4000, 0x100, 0x10000, 0x80000, 0x1000000, 0x100000
+_WORD: Final = (1 << 64) - 1
+
+
+def _exit(_process: Process, code: int, *_: int) -> None:
+    raise Ended(code & 0xFF)
+
+
+def _fork(process: Process, *_: int) -> None:
+    process.todo = lambda: process.fork(0)
+
+
+def _clone(process: Process, flags: int, stack: int, parent: int, child: int, tls: int, *_: int) -> int | None:
+    if flags & _THREAD or (flags & _VM and not flags & _VFORK):
+        from csvfast.machine.emulator.process import UnsupportedCall
+
+        raise UnsupportedCall(f"{process.name}: system call 56 (clone) for threads, flags {flags:#x}, is not supported")
+
+    def fork() -> int:
+        number = process.fork(stack)
+        if number:
+            if flags & _PARENT_SETTID:
+                process.space.write(parent, struct.pack("<i", number))
+            return number
+        if flags & _CHILD_SETTID:
+            process.space.write(child, struct.pack("<i", os.getpid()))
+        if flags & _SETTLS:
+            process.uc.reg_write(x86.UC_X86_REG_FS_BASE, tls)
+        return 0
+
+    process.todo = fork
+    return None
+
+
+def _texts(process: Process, address: int) -> list[bytes]:
+    out: list[bytes] = []
+    while address:
+        (place,) = struct.unpack("<Q", process.space.read(address, 8))
+        if not place:
+            break
+        out.append(process.space.text(place, 1 << 17))
+        address += 8
+        if len(out) > 4096:
+            raise OSError(errno.E2BIG, "arguments")
+    return out
+
+
+def _execve(process: Process, path: int, arguments: int, environment: int, *_: int) -> int | None:
+    where = process.space.text(path)
+    words, settings = _texts(process, arguments), _texts(process, environment)
+    if where == b"/proc/self/exe":
+        where = os.fsencode(process.name)
+    for _ in range(4):
+        file = process.files.open(process.files.absolute(AT_FDCWD, where), os.O_RDONLY)
+        try:
+            if not os.access(f"/proc/self/fd/{file}", os.X_OK) or os.path.isdir(f"/proc/self/fd/{file}"):
+                raise OSError(errno.EACCES, "not executable")
+            head = os.pread(file, 256, 0)
+            if head[:4] == b"\x7fELF":
+                break
+            if head[:2] != b"#!":
+                raise OSError(errno.ENOEXEC, "no program")
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+        line = head[2:].split(b"\n")[0].strip().split(None, 1)
+        if not line:
+            raise OSError(errno.ENOEXEC, "no interpreter")
+        words = [*line, where, *words[1:]]
+        where = line[0]
+    else:
+        raise OSError(errno.ELOOP, "interpreters")
+
+    def replace() -> None:
+        try:
+            process.execute(file, os.fsdecode(process.files.absolute(AT_FDCWD, where)), words, settings)
+        except errors.FormatError:
+            raise
+        finally:
+            os.close(file)
+        process.files.executed()
+
+    process.todo = replace
+    return None
+
+
+def _wait4(process: Process, number: int, address: int, options: int, usage: int, *_: int) -> int:
+    process.waiting = True
+    try:
+        child, status, used = os.wait4(number_of(number), options & 0xF)
+    finally:
+        process.waiting = False
+    if child and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
+        process.frames.release(child)
+    if child and address:
+        process.space.write(address, struct.pack("<i", status))
+    if usage:
+        process.space.write(usage, _usage(used))
+    return child
+
+
+def _usage(used: Any) -> bytes:
+    words = []
+    for value in (used.ru_utime, used.ru_stime):
+        words += [int(value), int(value % 1 * 1e6)]
+    return struct.pack("<4q", *words) + bytes(112)
+
+
+def _getrusage(process: Process, who: int, address: int, *_: int) -> int:
+    process.space.write(address, _usage(resource.getrusage(number_of(who))))
+    return 0
+
+
+def _kill(process: Process, number: int, which: int, *_: int) -> int:
+    number, which = number_of(number), number_of(which)
+    if number in (0, -1) or number < -1:
+        targets = {-number} if number < -1 else process.frames.processes()
+    else:
+        targets = {number}
+    if number != os.getpid() and not targets <= process.frames.processes():
+        raise OSError(errno.ESRCH, "no such process of this machine")
+    for target in targets:
+        os.kill(target, which)
+    return 0
+
+
+def _tgkill(process: Process, _group: int, number: int, which: int, *_: int) -> int:
+    return _kill(process, number, which)
+
+
+def _tkill(process: Process, number: int, which: int, *_: int) -> int:
+    return _kill(process, number, which)
+
+
+def _sigaction(process: Process, number: int, new: int, old: int, size: int, *_: int) -> int:
+    if size != 8 or not 1 <= number <= 64 or (new and number in (signal.SIGKILL, signal.SIGSTOP)):
+        raise OSError(errno.EINVAL, "sigaction")
+    before = process.actions.get(number, (0, 0, 0, 0))
+    if new:
+        process.set_action(number, struct.unpack("<4Q", process.space.read(new, 32)))  # type: ignore[arg-type]
+    if old:
+        process.space.write(old, struct.pack("<4Q", *before))
+    return 0
+
+
+def _sigprocmask(process: Process, how: int, new: int, old: int, *_: int) -> int:
+    before = process.mask
+    if new:
+        (value,) = struct.unpack("<Q", process.space.read(new, 8))
+        value &= ~(1 << 8 | 1 << 18)  # SIGKILL, SIGSTOP
+        process.mask = {0: before | value, 1: before & ~value, 2: value}.get(number_of(how), before)
+        blocked = {number for number in range(1, 65) if process.mask >> (number - 1) & 1}
+        # Handled signals come in and wait here; the others wait at the host.
+        signal.pthread_sigmask(
+            signal.SIG_SETMASK, {number for number in blocked if process.actions.get(number, (0,))[0] <= 1}
+        )
+    if old:
+        process.space.write(old, struct.pack("<Q", before))
+    return 0
+
+
+def _sigreturn(process: Process, *_: int) -> None:
+    process.todo = process.signal_return  # type: ignore[assignment]
+
+
+def _sigsuspend(process: Process, mask: int, *_: int) -> int:
+    before = process.mask
+    (process.mask,) = struct.unpack("<Q", process.space.read(mask, 8))
+    # The handler runs under the old mask when this returns; what counts is that the signal ends the waiting.
+    try:
+        _wait_for_signal(process)
+    finally:
+        process.mask = before
+    return -errno.EINTR
+
+
+def _wait_for_signal(process: Process) -> None:
+    process.waiting = True
+    while not any(not process.mask >> (number - 1) & 1 for number in process.pending):
+        select.select([], [], [], 0.02)
+
+
+def _pause(process: Process, *_: int) -> int:
+    _wait_for_signal(process)
+    return -errno.EINTR
+
+
+def _nanosleep(process: Process, request: int, *_: int) -> int:
+    seconds, nanoseconds = struct.unpack("<qq", process.space.read(request, 16))
+    if seconds < 0 or not 0 <= nanoseconds < 10**9:
+        raise OSError(errno.EINVAL, "nanosleep")
+    _sleep(process, seconds + nanoseconds / 1e9)
+    return 0
+
+
+def _sleep(process: Process, seconds: float) -> None:
+    if process.deadline is not None:
+        seconds = min(seconds, max(process.deadline - time.monotonic(), 0.0))
+    process.waiting = True
+    time.sleep(seconds)
+
+
+def _clock_nanosleep(process: Process, clock: int, flags: int, request: int, *_: int) -> int:
+    if not flags & 1:
+        return _nanosleep(process, request)
+    seconds, nanoseconds = struct.unpack("<qq", process.space.read(request, 16))
+    _sleep(process, max(seconds + nanoseconds / 1e9 - time.clock_gettime(number_of(clock)), 0.0))
+    return 0
+
+
+def _clock_gettime(process: Process, clock: int, address: int, *_: int) -> int:
+    process.space.write(address, struct.pack("<qq", *divmod(time.clock_gettime_ns(number_of(clock)), 10**9)))
+    return 0
+
+
+def _clock_getres(process: Process, _clock: int, address: int, *_: int) -> int:
+    if address:
+        process.space.write(address, struct.pack("<qq", 0, 1))
+    return 0
+
+
+def _gettimeofday(process: Process, address: int, *_: int) -> int:
+    if address:
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        process.space.write(address, struct.pack("<qq", seconds, nanoseconds // 1000))
+    return 0
+
+
+def _time(process: Process, address: int, *_: int) -> int:
+    now = int(time.time())
+    if address:
+        process.space.write(address, struct.pack("<q", now))
+    return now
+
+
+def _times(process: Process, address: int, *_: int) -> int:
+    if address:
+        process.space.write(address, struct.pack("<4q", *(int(value * 100) for value in os.times()[:4])))
+    return int(time.monotonic() * 100)
+
+
+def _alarm(_process: Process, seconds: int, *_: int) -> int:
+    return signal.alarm(seconds & 0x7FFFFFFF)
+
+
+def _setitimer(process: Process, which: int, new: int, old: int, *_: int) -> int:
+    before = signal.getitimer(number_of(which))
+    if new:
+        values = struct.unpack("<4q", process.space.read(new, 32))
+        before = signal.setitimer(number_of(which), values[2] + values[3] / 1e6, values[0] + values[1] / 1e6)
+    if old:
+        words = []
+        for value in (before[1], before[0]):
+            words += [int(value), int(value % 1 * 1e6)]
+        process.space.write(old, struct.pack("<4q", *words))
+    return 0
+
+
+def _getrandom(process: Process, address: int, length: int, *_: int) -> int:
+    length = min(length, 1 << 16)
+    process.space.write(address, os.urandom(length))
+    return length
+
+
+def _arch_prctl(process: Process, code: int, address: int, *_: int) -> int:
+    registers = {0x1001: x86.UC_X86_REG_GS_BASE, 0x1002: x86.UC_X86_REG_FS_BASE}
+    if code in registers:
+        process.uc.reg_write(registers[code], address)
+        return 0
+    if code == 0x1003:
+        process.space.write(address, struct.pack("<Q", process.uc.reg_read(x86.UC_X86_REG_FS_BASE)))
+        return 0
+    raise OSError(errno.EINVAL, "arch_prctl")
+
+
+def _uname(process: Process, address: int, *_: int) -> int:
+    found = os.uname()
+    fields = (found.sysname, found.nodename, found.release, found.version, "x86_64", "")
+    process.space.write(address, b"".join(os.fsencode(field)[:64].ljust(65, b"\0") for field in fields))
+    return 0
+
+
+def _prlimit(process: Process, _number: int, which: int, new: int, old: int, *_: int) -> int:
+    if new:
+        raise OSError(errno.EPERM, "limits are the machine's")
+    if old:
+        stack = which == resource.RLIMIT_STACK
+        values = (8 << 20, 8 << 20) if stack else (1024, 1024) if which == resource.RLIMIT_NOFILE else (_WORD, _WORD)
+        process.space.write(old, struct.pack("<2Q", *values))
+    return 0
+
+
+def _getrlimit(process: Process, which: int, address: int, *_: int) -> int:
+    return _prlimit(process, 0, which, 0, address)
+
+
+def _futex(process: Process, address: int, operation: int, value: int, *_: int) -> int:
+    if operation & 0x7F == 1:  # FUTEX_WAKE: there is one thread
+        return 0
+    if operation & 0x7F == 0:
+        (found,) = struct.unpack("<I", process.space.read(address, 4))
+        if found != value & 0xFFFFFFFF:
+            raise OSError(errno.EAGAIN, "futex")
+        raise OSError(errno.EDEADLK, "nobody could wake it")
+    raise OSError(errno.ENOSYS, "futex")
+
+
+def _sysinfo(process: Process, address: int, *_: int) -> int:
+    total = process.frames.count * 4096
+    free = total - process.frames.used() * 4096
+    process.space.write(address, struct.pack(
+        "<q3Q6QHHIQQI4x", int(time.monotonic()), 0, 0, 0, total, free, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1))  # fmt: skip
+    return 0
+
+
+def _affinity(process: Process, _number: int, length: int, address: int, *_: int) -> int:
+    if length < 8:
+        raise OSError(errno.EINVAL, "affinity")
+    process.space.write(address, struct.pack("<Q", 1))
+    return 8
+
+
+def _getpgid(_process: Process, number: int, *_: int) -> int:
+    return os.getpgid(number_of(number))
+
+
+def _setpgid(_process: Process, number: int, group: int, *_: int) -> int:
+    os.setpgid(number_of(number), number_of(group))
+    return 0
+
+
+def _getgroups(process: Process, count: int, address: int, *_: int) -> int:
+    groups = os.getgroups()
+    if number_of(count):
+        if number_of(count) < len(groups):
+            raise OSError(errno.EINVAL, "groups")
+        process.space.write(address, struct.pack(f"<{len(groups)}I", *groups))
+    return len(groups)
+
+
+def _triple(process: Process, values: tuple[int, int, int], addresses: tuple[int, ...]) -> int:
+    for value, address in zip(values, addresses, strict=False):
+        process.space.write(address, struct.pack("<I", value))
+    return 0
+
+
+def _nothing(_process: Process, *_: int) -> int:
+    return 0
+
+
+def _missing(_process: Process, *_: int) -> int:
+    raise OSError(errno.ENOSYS, "not there; the C libraries do without")
+
+
+CALLS: Final[dict[int, Callable[..., Any]]] = {
+    13: _sigaction, 14: _sigprocmask, 15: _sigreturn, 24: _nothing, 34: _pause, 35: _nanosleep, 37: _alarm, 38: _setitimer,
+    39: lambda *_: os.getpid(), 56: _clone, 57: _fork, 58: _fork, 59: _execve, 60: _exit, 61: _wait4, 62: _kill, 63: _uname,
+    96: _gettimeofday, 97: _getrlimit, 98: _getrusage, 99: _sysinfo, 100: _times, 102: lambda *_: os.getuid(),
+    104: lambda *_: os.getgid(), 107: lambda *_: os.geteuid(), 108: lambda *_: os.getegid(), 109: _setpgid,
+    110: lambda *_: os.getppid(), 111: lambda *_: os.getpgrp(), 112: lambda *_: os.setsid(), 115: _getgroups,
+    118: lambda process, *addresses: _triple(process, os.getresuid(), addresses),
+    120: lambda process, *addresses: _triple(process, os.getresgid(), addresses),
+    121: _getpgid, 124: lambda _process, number, *_: os.getsid(number_of(number)), 130: _sigsuspend, 131: _nothing,
+    157: _nothing, 158: _arch_prctl, 186: lambda *_: os.getpid(), 200: _tkill, 201: _time, 202: _futex, 204: _affinity,
+    218: lambda *_: os.getpid(), 228: _clock_gettime, 229: _clock_getres, 230: _clock_nanosleep, 231: _exit, 234: _tgkill,
+    273: _nothing, 302: _prlimit, 318: _getrandom, 324: _missing, 332: _missing, 334: _missing, 435: _missing,
+    437: _missing, 439: _missing, 326: _missing,
+}  # fmt: skip
+
+_ = signed
