@@ -13,7 +13,7 @@ Both directions, 32 bytes, little-endian:
 
     1 ATTESTATION   the request page at the address is answered in place
     2 RTMR          the same for an RTMR request
-    3 INFO          value: the host's word about the guest (its handle); nothing is proved by it
+    3 INFO          address: the guest's policy word, value: 1 CSV, 2 CSV2, 3 CSV3. The host's word: nothing is proved by it
 
 What the host sees of a page is its ciphertext; that it has the right page answered is proved by the answer (MAC and mnonce).
 
@@ -112,11 +112,21 @@ class ProcessorChannel:
         return self
 
     def call(self, operation: ChannelOperation, address: int, length: int) -> int:
-        """One request. Out: the answer's value.
+        """One request about a page. Out: the answer's value.
 
         Raises: FirmwareError: refused; FormatError: the host answers something else, or takes the request for malformed;
             TimeoutError: no answer; ConnectionError: nobody is at the other end; ClosedError.
         """
+        place, value = self._exchange(operation, address, length)
+        if place != address:
+            raise FormatError("processor channel", "address", 16, f"{place:#x}", f"{address:#x}, as asked for")
+        return value
+
+    def info(self) -> tuple[int, int]:
+        """INFO: the guest's policy word and its generation (1 CSV, 2 CSV2, 3 CSV3), as the host says. Errors as call()."""
+        return self._exchange(ChannelOperation.INFO, 0, 0)
+
+    def _exchange(self, operation: ChannelOperation, address: int, length: int) -> tuple[int, int]:
         with self._lock:
             if self._descriptor < 0:
                 raise ClosedError(f"{self.path}: the channel is closed")
@@ -132,15 +142,10 @@ class ProcessorChannel:
                 # An answer for a program that had the port before, and did not wait for it.
                 if tag == self._tag:
                     break
-            if answered != operation or place != address:
-                raise FormatError(
-                    "processor channel", "answer", 6, f"operation {answered} for {place:#x}", f"{int(operation)} for {address:#x}"
-                )
-        return _checked(status, value, operation)
-
-    def info(self) -> int:
-        """INFO's value. Errors as call()."""
-        return self.call(ChannelOperation.INFO, 0, 0)
+        if answered != operation:
+            raise FormatError("processor channel", "operation", 6, f"{answered}", f"{int(operation)}, as asked for")
+        _check(status, operation)
+        return place, value
 
     def close(self) -> None:
         """Gives the port back. Idempotent."""
@@ -199,9 +204,9 @@ class ProcessorChannel:
         return f"<ProcessorChannel {self.path}>"
 
 
-def _checked(status: int, value: int, operation: ChannelOperation) -> int:
+def _check(status: int, operation: ChannelOperation) -> None:
     if status == 0:
-        return int(value)
+        return
     if status == BAD_REQUEST:
         raise FormatError("processor channel", "request", None, f"{operation.name} is malformed to the host", "an answer")
     try:
