@@ -97,6 +97,7 @@ class GuestChannel:
             self.problem = str(problem)
         except Exception as defect:  # the guest's line is lost, the guest is not
             self.problem = f"{type(defect).__name__}: {defect}"
+        finally:
             with suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
 
