@@ -61,6 +61,8 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 ln -s /proc/self/fd /dev/fd 2>/dev/null
+# Locked pages stay where they are: the processor is told physical addresses.
+echo 0 >/proc/sys/vm/compact_unevictable_allowed
 if [ -f /etc/csvfast/modules ]; then
     while read -r module; do
         insmod "/lib/modules/$module" || echo "guest: module $module could not be loaded"

@@ -64,10 +64,17 @@ class ChannelTransport:
         self.channel.close()
 
     def _call(self, operation: ChannelOperation, page: RequestPage, length: int) -> None:
+        request = page.memory[:]
         for _ in range(_MOVES):
             address = page.address
-            self.channel.call(operation, address, length)
-            if page.address == address:
+            try:
+                self.channel.call(operation, address, length)
+            except FirmwareError:
+                if page.address == address:
+                    raise
+                continue  # the firmware was shown another page
+            # Moved with the answer in it, or before: then another page was answered, and this one still holds the request.
+            if page.address == address or page.memory[:] != request:
                 return
         raise StateError("the kernel moves the request page; expected vm.compact_unevictable_allowed = 0")
 
