@@ -1,7 +1,7 @@
 """The `csvfast` command: one command, one room per subject.
 
-    csvfast info | bench | measure ... | memory demo | machine trace|run | chip ... | cert ... | report ... | platform ... | guest ...
-            | broker ... | attest client
+    csvfast info | bench | measure ... | memory demo | machine trace|run | chip ... | cert ... | report ... | platform ...
+            | guest ... | vm ... | broker ... | attest client
 
 Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
 """
@@ -28,6 +28,7 @@ from csvfast.cli import measure as _measure
 from csvfast.cli import memory as _memory
 from csvfast.cli import platform as _platform
 from csvfast.cli import report as _report
+from csvfast.cli import vm as _vm
 from csvfast.cli.common import INTERRUPTED, ExitCode, exit_code_of, is_expected, report_error
 from csvfast.cli.streams import standard_streams
 
@@ -66,6 +67,7 @@ app.command("bench")(_bench.bench)
 app.add_typer(_measure.app, name="measure")
 app.add_typer(_memory.app, name="memory")
 app.add_typer(_machine.app, name="machine")
+app.add_typer(_vm.app, name="vm")
 app.add_typer(_guest.app, name="guest")
 app.add_typer(_chip.app, name="chip")
 app.add_typer(_cert.app, name="cert")

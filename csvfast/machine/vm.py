@@ -69,7 +69,7 @@ class CsvVm:
         time_limit: seconds, after which the machine is killed. output: gets the console's bytes as they come.
         name: of its run directory; None: a new one. root: of run directories.
 
-    Attributes: launched: what LAUNCH_MEASURE gave, None before. name.
+    Attributes: launched: what LAUNCH_MEASURE gave, None before. name; directory: its run directory.
 
     with CsvVm(platform=machine, dram=path, plan=GuestPlan(firmware="OVMF.amdsev.fd", kernel="vmlinuz", initrd="initrd")) as vm:
         vm.launch()
@@ -123,8 +123,8 @@ class CsvVm:
         self._owner = owner
         self._secret, self._secret_address = secret, secret_address
         self._window = window
-        self._accelerator = choose_accelerator(accel)
         self._program = find_qemu(qemu)
+        self._accelerator = choose_accelerator(accel, self._program)
         library = library or os.environ.get("CSVFAST_VMRAM_LIBRARY") or get_library("vmram-preload")
         self._library = str(Path(library).resolve(strict=True))
         self._arguments = tuple(arguments)
@@ -143,7 +143,7 @@ class CsvVm:
         self._final_statistics: dict[str, Any] = {}
         self._directory = RunDirectory(name, root)
         self._exit.callback(self._directory.close)
-        self.name = self._directory.name
+        self.name, self.directory = self._directory.name, self._directory.path
 
     # ---- Launch
 
@@ -426,6 +426,11 @@ class CsvVm:
             raise StateError("the machine has not been launched")
         self._process.wait(seconds)
         return self.exit_code
+
+    def request_stop(self) -> None:
+        """Asks QEMU to end in order, and does not wait: for callers in threads that the end waits for."""
+        if self._process is not None:
+            self._process.request_stop()
 
     def stop(self, seconds: float = 10.0) -> None:
         """Ends QEMU, by force after `seconds`, and puts everything away. Idempotent."""

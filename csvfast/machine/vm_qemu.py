@@ -20,7 +20,7 @@ from typing import IO, Final, Literal
 
 from csvfast.errors import ArgumentError, StateError
 
-__all__ = ["Accelerator", "QemuProcess", "choose_accelerator", "find_qemu", "kvm_works", "low_memory"]
+__all__ = ["Accelerator", "QemuProcess", "choose_accelerator", "find_bios", "find_qemu", "kvm_works", "low_memory"]
 
 Accelerator = Literal["tcg", "kvm", "auto"]
 
@@ -64,28 +64,36 @@ def find_qemu(path: str | os.PathLike[str] | None = None) -> str:
     return str(Path(found).absolute())
 
 
-def kvm_works(seconds: float = 5.0) -> bool:
-    """Whether a vCPU really runs under KVM here: a device node alone says little."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _PROBE],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=seconds,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+def find_bios() -> Path:
+    """The BIOS that comes with QEMU. Raises StateError when it is not there."""
+    for folder in ("/usr/share/seabios", "/usr/share/qemu", "/usr/local/share/qemu"):
+        path = Path(folder) / "bios-256k.bin"
+        if path.exists():
+            return path
+    raise StateError("bios-256k.bin is not there (Debian: package seabios); expected a firmware image")
 
 
-def choose_accelerator(wanted: str) -> Literal["tcg", "kvm"]:
+def kvm_works(program: str, seconds: float = 10.0) -> bool:
+    """Whether a vCPU really runs under KVM here, and QEMU can set one up: a device node alone says little."""
+    idle = [program, "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "stdio", "-machine", "q35"]
+    idle += ["-m", "16M", "-accel", "kvm", "-cpu", "host", "-S"]
+    for command, words in (([sys.executable, "-I", "-S", "-c", _PROBE], b""), (idle, b"quit\n")):
+        try:
+            done = subprocess.run(command, input=words, capture_output=True, timeout=seconds, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        if done.returncode != 0:
+            return False
+    return True
+
+
+def choose_accelerator(wanted: str, program: str) -> Literal["tcg", "kvm"]:
     """Raises: ArgumentError (name); StateError: KVM was asked for and does not run."""
     if wanted == "tcg":
         return "tcg"
     if wanted not in ("kvm", "auto"):
         raise ArgumentError(f"accel is {wanted[:20]!r}; expected 'tcg', 'kvm' or 'auto'")
-    if kvm_works():
+    if kvm_works(program):
         return "kvm"
     if wanted == "kvm":
         raise StateError("no vCPU runs under KVM here (/dev/kvm is missing, forbidden or does not work); expected accel 'tcg'")
@@ -242,6 +250,10 @@ class QemuProcess:
         self._signal(signal.SIGTERM)
         if not self.wait(seconds):
             self.kill()
+
+    def request_stop(self) -> None:
+        """Asks it to end in order, and does not wait."""
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Ends it at once."""

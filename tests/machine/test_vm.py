@@ -251,13 +251,14 @@ def test_refused_files(place: Platform, initrd: Path, tmp_path: Path) -> None:
 
 
 def test_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vm_qemu, "kvm_works", lambda: False)
-    assert vm_qemu.choose_accelerator("auto") == "tcg"
+    monkeypatch.setattr(vm_qemu, "kvm_works", lambda _program: False)
+    assert vm_qemu.choose_accelerator("auto", "qemu") == "tcg"
     with pytest.raises(StateError, match="no vCPU runs under KVM"):
-        vm_qemu.choose_accelerator("kvm")
-    monkeypatch.setattr(vm_qemu, "kvm_works", lambda: True)
-    assert vm_qemu.choose_accelerator("auto") == "kvm"
+        vm_qemu.choose_accelerator("kvm", "qemu")
+    monkeypatch.setattr(vm_qemu, "kvm_works", lambda _program: True)
+    assert vm_qemu.choose_accelerator("auto", "qemu") == "kvm"
 
 
 def test_kvm_probe_answers() -> None:
-    assert vm_qemu.kvm_works() in (True, False)
+    assert vm_qemu.kvm_works(vm_qemu.find_qemu()) in (True, False)
+    assert not vm_qemu.kvm_works("/nowhere/qemu")
