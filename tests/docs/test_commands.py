@@ -103,6 +103,16 @@ def prepare_certificates(folder: Path) -> None:
     shutil.copy(folder / "root.cert", folder / "chip" / "root.cert")
 
 
+def prepare_boot_files(folder: Path) -> None:
+    """The pages' commands run with a cache folder of their own; what guests boot with is brought into it."""
+    from csvfast.machine.initrd import boot_files
+
+    if not (boot_files() / "busybox").is_file():
+        pytest.skip("no guest files: run tools/install-test-tools.sh")
+    (folder / "cache" / "csvfast").mkdir(parents=True)
+    (folder / "cache" / "csvfast" / "boot").symlink_to(boot_files())
+
+
 PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("README.md", 18, evidence),
     ("docs/measure.md", 10, None),
@@ -113,6 +123,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/processor-socket.md", 4, None),
     ("docs/broker.md", 20, None),
     ("docs/cache-model.md", 3, None),
+    ("docs/guest.md", 2, prepare_boot_files),
 ]
 
 
