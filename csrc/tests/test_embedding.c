@@ -2,6 +2,9 @@
 #define _GNU_SOURCE
 #include "engine_fixture.h"
 
+#include <pthread.h>
+#include <stdatomic.h>
+
 enum { PAGE = 4096, SIZE = 64 * PAGE };
 
 /* ---- Observer ---- */
@@ -85,6 +88,61 @@ static void observer_sees_fills_and_write_backs(void)
     check_event(&all.events[1], CSVF_EVENT_WRITE, 1, 64, 64, 0);
     csvf_cache_destroy(cache);
     csvf_engine_destroy(engine);
+}
+
+/* Checks inside threads are counted in an atomic: the harness's own counters are not for threads. */
+typedef struct crowd {
+    csvf_engine *engine;
+    atomic_uint next, wrong;
+    atomic_uint told[CSVF_EVENT_LAUNCH + 1];
+    atomic_ullong bytes;
+} crowd;
+
+enum { THREADS = 4, ROUNDS = 60 };
+
+static void tally(void *context, const csvf_event *event)
+{
+    crowd *all = context;
+    atomic_fetch_add(&all->told[event->kind], 1);
+    atomic_fetch_add(&all->bytes, event->length);
+    if (event->asid < 1 || event->asid > THREADS)
+        atomic_fetch_add(&all->wrong, 1);
+}
+
+/* A guest after the other under one ASID, beside those of the other threads. */
+static void *guests(void *context)
+{
+    crowd *all = context;
+    const uint32_t asid = 1 + atomic_fetch_add(&all->next, 1);
+    const uint64_t place = (uint64_t)asid * 8 * PAGE + 5;
+    uint8_t data[300], back[300];
+    test_fill(data, sizeof data, asid);
+    for (int round = 0; round < ROUNDS; round++) {
+        int bad = csvf_asid_generate(all->engine, asid) != CSVF_OK;
+        bad |= csvf_write(all->engine, asid, place, data, sizeof data) != CSVF_OK;
+        bad |= csvf_read(all->engine, back, sizeof back, asid, place) != CSVF_OK || memcmp(data, back, sizeof data) != 0;
+        bad |= csvf_encrypt_in_place(all->engine, asid, (uint64_t)asid * 8 * PAGE + PAGE, PAGE) != CSVF_OK;
+        bad |= csvf_asid_remove(all->engine, asid) != CSVF_OK;
+        if (bad)
+            atomic_fetch_add(&all->wrong, 1);
+    }
+    return NULL;
+}
+
+static void observer_of_many_threads(void)
+{
+    pthread_t threads[THREADS];
+    crowd all = {.engine = fixture_engine(SIZE, 0, CSVF_STANDARD_GB, CSVF_TWEAK_XTS, 1)};
+    CHECK_STATUS(csvf_engine_set_observer(all.engine, tally, &all), CSVF_OK);
+    for (int i = 0; i < THREADS; i++)
+        CHECK(pthread_create(&threads[i], NULL, guests, &all) == 0);
+    for (int i = 0; i < THREADS; i++)
+        pthread_join(threads[i], NULL);
+    CHECK(all.wrong == 0);
+    for (int kind = CSVF_EVENT_INSTALL; kind <= CSVF_EVENT_LAUNCH; kind++)
+        CHECK(all.told[kind] == THREADS * ROUNDS);
+    CHECK(all.bytes == (unsigned long long)THREADS * ROUNDS * (300 + 300 + PAGE));
+    csvf_engine_destroy(all.engine);
 }
 
 /* ---- Keys of the engine's making ---- */
@@ -316,6 +374,7 @@ int main(void)
 {
     RUN(observer_is_told_what_succeeded);
     RUN(observer_sees_fills_and_write_backs);
+    RUN(observer_of_many_threads);
     RUN(deterministic_keys_are_as_documented);
     RUN(generated_keys_differ);
     RUN(deterministic_mode_comes_before_keys);
