@@ -2,7 +2,7 @@
 # Installs the programs that some tests use besides gcc and Python, on Debian-like systems as root; elsewhere says
 # what is missing. Tests whose program is missing skip with a reason. Ends with 0 either way: with CI=true the
 # test run itself refuses skips it does not expect. Also fetches, as any user: real boot files for the launch test (Debian's OVMF
-# and the kernel and initrd of its installer, 140 MB) into $CSVFAST_BOOT_FILES or ~/.cache/csvfast/boot; and, where the system's
+# and the kernel and initrd of its installer, 140 MB; its kernel for clouds with some modules, and busybox, 28 MB) into $CSVFAST_BOOT_FILES or ~/.cache/csvfast/boot; and, where the system's
 # skopeo is too old for key providers or there is none, Debian 13's with its libraries (42 MB) into $CSVFAST_SKOPEO or
 # ~/.cache/csvfast/skopeo, from the mirror that apt is set to, its signatures checked with the keyring that Debian ships.
 set -eu
@@ -68,7 +68,7 @@ fetch_guest_files() { # what `csvfast vm` boots: Debian's kernel for clouds, the
             name=${file##*/}
             cp "$file" "$boot/.part" && mv "$boot/.part" "$boot/${name%%-*}"
         done
-        chmod 755 "$work/modules" && rm -rf "$boot/modules" && cp -R "$work/modules" "$boot/modules.part" && mv "$boot/modules.part" "$boot/modules"
+        chmod 755 "$work/modules" && rm -rf "$boot/modules" "$boot/modules.part" && cp -R "$work/modules" "$boot/modules.part" && mv "$boot/modules.part" "$boot/modules"
         echo "test tools: guest files in $boot"
     else
         echo "test tools: the guests' kernel and busybox could not be downloaded" >&2
@@ -150,6 +150,7 @@ need gpg gnupg
 need pkg-config pkg-config
 need g++ g++
 need objdump binutils
+need musl-gcc musl-tools
 # Debian keeps PostgreSQL's server programs outside PATH.
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need initdb postgresql
 need softhsm2-util softhsm2
