@@ -9,7 +9,8 @@ from csvfast import _extras
 
 _extras.need("unicorn", "unicorn")
 
+from csvfast.machine.emulator.loader import ProgramError  # noqa: E402
 from csvfast.machine.emulator.process import UnsupportedCall  # noqa: E402
 from csvfast.machine.emulator.run import RunResult, run_program  # noqa: E402
 
-__all__ = ["RunResult", "UnsupportedCall", "run_program"]
+__all__ = ["ProgramError", "RunResult", "UnsupportedCall", "run_program"]

@@ -94,8 +94,8 @@ class Files:
 
     def path_of(self, host: int) -> bytes:
         """Where a host's descriptor lies below the root. Raises OSError ENOTDIR."""
-        top = os.readlink(b"/proc/self/fd/%d" % self.root).rstrip(b"/")
-        place = os.readlink(b"/proc/self/fd/%d" % host)
+        top = os.readlink(b"/proc/self/fd/%d" % self.root).rstrip(b"/")  # noqa: PTH115 - bytes
+        place = os.readlink(b"/proc/self/fd/%d" % host)  # noqa: PTH115 - bytes
         if not stat.S_ISDIR(os.fstat(host).st_mode) or not (place + b"/").startswith(top + b"/"):
             raise OSError(errno.ENOTDIR, "no directory of the root")
         return place[len(top) :] or b"/"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from csvfast.machine.emulator.window import AddressSpace
 
-__all__ = ["load"]
+__all__ = ["ProgramError", "load"]
 
 _HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
 _SEGMENT: Final = struct.Struct("<IIQQQQQQ")
@@ -22,6 +22,10 @@ _LOAD, _INTERPRETER, _STACK_BYTES = 1, 3, 8 << 20
 _PIE_BASE: Final = 0x5555_5555_4000
 _STACK_TOP: Final = 0x7FFF_FFFF_0000
 _LIMIT: Final = 0x7FFF_0000_0000
+
+
+class ProgramError(errors.ArgumentError):
+    """The file is no program that the machine can run."""
 
 
 def load(
@@ -32,43 +36,43 @@ def load(
     In: file   descriptor of the program; the space keeps copies of it
         name   what errors call it
     Out: the entry's address and the stack pointer.
-    Raises: FormatError in one line for anything that is not such a program.
+    Raises: ProgramError in one line for anything that is not such a program.
     """
     head = os.pread(file, _HEADER.size, 0)
     size = os.fstat(file).st_size
     if len(head) < _HEADER.size or head[:4] != b"\x7fELF":
-        raise errors.FormatError(f"{name}: no ELF file")
+        raise ProgramError(f"{name}: no ELF file")
     identity, kind, machine, _, entry, table, _, _, _, step, count, *_ = _HEADER.unpack(head)
     if identity[4] != 2 or identity[5] != 1 or machine != 62:
-        raise errors.FormatError(f"{name}: machine {machine}, class {identity[4]}; expected ELF64 for x86-64")
+        raise ProgramError(f"{name}: machine {machine}, class {identity[4]}; expected ELF64 for x86-64")
     if kind not in (2, 3):
-        raise errors.FormatError(f"{name}: ELF type {kind}; expected an executable (2 or 3)")
+        raise ProgramError(f"{name}: ELF type {kind}; expected an executable (2 or 3)")
     if step != _SEGMENT.size or not 0 < count <= 128 or table + count * step > size:
-        raise errors.FormatError(f"{name}: program headers ({count} of {step} bytes at {table:#x}) reach past the file")
+        raise ProgramError(f"{name}: program headers ({count} of {step} bytes at {table:#x}) reach past the file")
     segments = [_SEGMENT.unpack(os.pread(file, step, table + index * step)) for index in range(count)]
     if any(segment[0] == _INTERPRETER for segment in segments):
-        raise errors.FormatError(f"{name}: dynamically linked; expected a static program")
+        raise ProgramError(f"{name}: dynamically linked; expected a static program")
     loads = [segment for segment in segments if segment[0] == _LOAD]
     if not loads:
-        raise errors.FormatError(f"{name}: nothing to load")
+        raise ProgramError(f"{name}: nothing to load")
     base = _PIE_BASE if kind == 3 else 0
     end = 0
     for _, flags, offset, address, _, in_file, in_memory, _ in loads:
         address += base
         if in_file > in_memory or offset + in_file > size or (offset - address) % PAGE or not (
-            PAGE <= address and address + in_memory <= _LIMIT and in_memory
+            address >= PAGE and address + in_memory <= _LIMIT and in_memory
         ):
-            raise errors.FormatError(f"{name}: segment at {address:#x} ({in_memory} bytes) does not fit file or memory")
+            raise ProgramError(f"{name}: segment at {address:#x} ({in_memory} bytes) does not fit file or memory")
         rights = (READ if flags & 4 else 0) | (WRITE if flags & 2 else 0) | (EXECUTE if flags & 1 else 0)
         start = address & -PAGE
         stop = (address + in_memory + PAGE - 1) & -PAGE
         if start < end:
-            raise errors.FormatError(f"{name}: segments overlap or are not in order at {start:#x}")
+            raise ProgramError(f"{name}: segments overlap or are not in order at {start:#x}")
         space.map(Area(start, stop, rights, os.dup(file), offset & -PAGE, address - start + in_file))
         end = stop
     space.brk = space.brk_start = end + (PAGE << 4)
     if space.area(base + entry) is None:
-        raise errors.FormatError(f"{name}: entry {entry:#x} lies in no segment")
+        raise ProgramError(f"{name}: entry {entry:#x} lies in no segment")
     headers = next((base + s[3] + table - s[2] for s in loads if s[2] <= table < s[2] + s[5]), 0)
     return base + entry, _stack(space, name, arguments, environment, (base + entry, headers, count))
 
@@ -83,7 +87,7 @@ def _stack(
         nonlocal place
         place -= len(data)
         if place < _STACK_TOP - _STACK_BYTES // 4:
-            raise errors.FormatError(f"{name}: arguments and environment are too long")
+            raise ProgramError(f"{name}: arguments and environment are too long")
         space.write(place, data)
         return place
 

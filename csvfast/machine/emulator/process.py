@@ -6,6 +6,8 @@ DRAM and the key; the child's pages move to frames of its own before the parent 
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import signal
 import struct
@@ -15,7 +17,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any, Final
 
-import unicorn
+from unicorn import Uc, UcError  # type: ignore[attr-defined]
 from unicorn import unicorn_const as constants
 from unicorn import x86_const as x86
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from csvfast.machine.emulator.frames import Frames
     from csvfast.memory import EncryptedMemory
 
-__all__ = ["Ended", "Interrupted", "Process", "UnsupportedCall"]
+__all__ = ["Ended", "Process", "UnsupportedCall"]
 
 _ARGUMENTS: Final = (x86.UC_X86_REG_RDI, x86.UC_X86_REG_RSI, x86.UC_X86_REG_RDX, x86.UC_X86_REG_R10,
                      x86.UC_X86_REG_R8, x86.UC_X86_REG_R9)  # fmt: skip
@@ -44,6 +46,7 @@ _FRAME_BYTES: Final = 8 + 304 + 128  # return address, ucontext (asm/ucontext.h)
 _RESTART: Final = 0x10000000
 _NODEFER: Final = 0x40000000
 _RESET: Final = 0x80000000
+_LIBRARY: Final = {32, 33}  # the C library's own
 _IMMUTABLE: Final = {signal.SIGKILL, signal.SIGSTOP}
 
 
@@ -53,10 +56,6 @@ class Ended(BaseException):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
-
-
-class Interrupted(BaseException):
-    """A signal with a handler came while a call waited."""
 
 
 class UnsupportedCall(errors.CsvfastError):
@@ -84,7 +83,8 @@ class Process:
         self.actions: dict[int, tuple[int, int, int, int]] = {}
         self.mask = 0
         self.pending: list[int] = []
-        self.waiting = False
+        self.suspended: int | None = None  # the mask that sigsuspend replaced
+        self.uc: Any = None
         self.first = True
         self.name = ""
         self.todo: Callable[[], int | None] | None = None
@@ -98,17 +98,20 @@ class Process:
     # ---- Programs
 
     def execute(self, file: int, name: str, arguments: Sequence[bytes], environment: Sequence[bytes]) -> None:
-        """Replaces the process's program. Raises FormatError."""
+        """Replaces the process's program. Raises ProgramError."""
         self.space.uc = None
         self.space.clear()
         entry, stack = load(self.space, file, name, arguments, environment)
         self.name = name
-        uc = unicorn.Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)
+        uc: Any = Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)  # type: ignore[no-untyped-call]
         self.uc = uc
         self.space.attach(uc)
         uc.hook_add(constants.UC_HOOK_INSN, self._syscall, None, 1, 0, x86.UC_X86_INS_SYSCALL)
-        uc.reg_write(x86.UC_X86_REG_RSP, stack)
-        uc.reg_write(x86.UC_X86_REG_RIP, entry)
+        for register, value in (
+            (x86.UC_X86_REG_RSP, stack), (x86.UC_X86_REG_RIP, entry), (x86.UC_X86_REG_FPCW, 0x37F),
+            (x86.UC_X86_REG_MXCSR, 0x1F80),
+        ):  # fmt: skip
+            uc.reg_write(register, value)
         self._contexts.clear()
         for number, (handler, *_) in list(self.actions.items()):
             if handler > 1:
@@ -139,20 +142,21 @@ class Process:
         self._deliver()
         start = self.uc.reg_read(x86.UC_X86_REG_RIP)
         stopped = False
+        self.space.touched = -1
         self._running.set()
         try:
             self.uc.emu_start(start, 0, count=self.instructions or 0)
-        except unicorn.UcError as problem:
+        except UcError as problem:
             stopped = True
-            if self._failure is None:
+            if self._failure is None and self.space.failure is None:
                 self._fault(problem)
         finally:
             self._running.clear()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
+        failure = self._failure or self.space.failure
+        if failure is not None:
+            self._failure = self.space.failure = None
             raise failure
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            raise errors.LimitError(f"{self.name}: the time is over")
+        self.check_deadline()
         todo, self.todo = self.todo, None
         if todo is not None:
             result = todo()
@@ -161,17 +165,16 @@ class Process:
         elif self.instructions and not stopped and not self.pending:
             raise errors.LimitError(f"{self.name}: more than {self.instructions} instructions")
 
-    def _fault(self, problem: unicorn.UcError) -> None:
-        number = signal.SIGILL if problem.errno in (
-            constants.UC_ERR_INSN_INVALID, constants.UC_ERR_EXCEPTION
-        ) else signal.SIGSEGV  # fmt: skip
+    def _fault(self, problem: UcError) -> None:
+        refused = self.space.touched
+        number = signal.SIGSEGV if refused >= 0 else signal.SIGILL
         action = self.actions.get(number)
         if action is not None and action[0] > 1:
             self.pending.append(number)
             return
         place = self.uc.reg_read(x86.UC_X86_REG_RIP)
-        print(f"csvfast: {self.name}: {signal.strsignal(number)} at {place:#x}, "
-              f"last refused address {self.space.touched:#x}: {problem}", file=sys.stderr, flush=True)  # fmt: skip
+        what = f"address {refused:#x}" if refused >= 0 else str(problem)
+        print(f"csvfast: {self.name}: {signal.strsignal(number)} at {place:#x}, {what}", file=sys.stderr, flush=True)
         raise Ended(256 + number)
 
     # ---- Calls
@@ -188,14 +191,10 @@ class Process:
             result = call(self, *arguments)
         except OSError as problem:
             result = -(problem.errno or 5)
-        except Interrupted:
-            result = -4
         except BaseException as problem:
             self._failure = problem
             uc.emu_stop()
             return
-        finally:
-            self.waiting = False
         if result is not None:
             uc.reg_write(x86.UC_X86_REG_RAX, result)
         if self.todo is not None or self.pending:
@@ -250,13 +249,42 @@ class Process:
             signal.signal(number, signal.SIG_IGN)
         else:
             signal.signal(number, self._caught)
+        if self.mask:
+            self.block_signals()
 
     def _caught(self, number: int, _frame: Any) -> None:
         if number not in self.pending:
             self.pending.append(number)
-        if self.waiting and not self.mask >> (number - 1) & 1:
-            self.waiting = False
-            raise Interrupted
+
+    def interrupted(self) -> bool:
+        """True when a signal waits that the mask lets through."""
+        return any(not self.mask >> (number - 1) & 1 for number in self.pending)
+
+    def waiting(self, call: Callable[..., int], *arguments: Any) -> int:
+        """A call of the host's C library that may wait. Out: its result. Raises OSError, EINTR only for the guest's signals.
+
+        Python's own calls go on after a signal; only the C library's tell of it and lose nothing.
+        """
+        while True:
+            result = call(*arguments)
+            if result >= 0:
+                return result
+            number = ctypes.get_errno()
+            if number != errno.EINTR or self.interrupted():
+                raise OSError(number, os.strerror(number))
+            self.check_deadline()
+
+    def check_deadline(self) -> None:
+        """Raises LimitError when the time is over."""
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise errors.LimitError(f"{self.name}: the time is over")
+
+    def block_signals(self) -> None:
+        """Hands the mask to the host, but for the signals with handlers: those come in and wait here."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, {
+            number for number in range(1, 65)
+            if self.mask >> (number - 1) & 1 and number not in _LIBRARY and self.actions.get(number, (0,))[0] <= 1
+        })  # fmt: skip
 
     def _deliver(self) -> None:
         for number in list(self.pending):
@@ -269,9 +297,12 @@ class Process:
             registers = self.uc.reg_read_batch(_SAVED)
             frame = ((registers[15] - 128 - _FRAME_BYTES) & -16) - 8
             context = struct.pack("<5Q", 0, 0, 0, 0, 0) + struct.pack("<18Q", *registers)
-            context += struct.pack("<Q", 0x33) + bytes(4 * 8) + bytes(72) + struct.pack("<Q", self.mask)
+            mask = self.mask if self.suspended is None else self.suspended
+            context += struct.pack("<Q", 0x33) + bytes(4 * 8 + 72) + struct.pack("<Q", mask)
+            self.suspended = None
             self.space.write(frame, struct.pack("<Q", restorer) + context + struct.pack("<iii", number, 0, 0))
             self._contexts[frame] = self.uc.context_save()
+            self.mask = mask
             if not flags & _NODEFER:
                 self.mask |= 1 << (number - 1)
             self.mask |= blocked
@@ -282,8 +313,10 @@ class Process:
                 (x86.UC_X86_REG_RSI, frame + 312), (x86.UC_X86_REG_RDX, frame + 8), (x86.UC_X86_REG_RAX, 0),
             ):  # fmt: skip
                 self.uc.reg_write(register, value)
+        if self.suspended is not None:
+            self.mask, self.suspended = self.suspended, None
 
-    def signal_return(self) -> None:
+    def signal_return(self) -> int | None:
         """rt_sigreturn: back to where the signal came."""
         frame = self.uc.reg_read(x86.UC_X86_REG_RSP) - 8
         registers = struct.unpack("<18Q", self.space.read(frame + 48, 144))
@@ -293,6 +326,7 @@ class Process:
             self.uc.context_restore(context)
         for register, value in zip(_SAVED, registers, strict=True):
             self.uc.reg_write(register, value)
+        return None
 
     def _watch(self) -> None:
         """A thread that stops the emulation when a signal or the deadline is there: Python sees neither inside of it."""

@@ -68,7 +68,7 @@ def run_program(
         instructions  limit of each program and each stretch between forks; slows the run; None = none
         seconds    limit of the wall clock; None = none
 
-    Raises: FormatError (not a static x86-64 ELF program), LimitError (instructions, seconds), AllocationError (the DRAM is
+    Raises: ProgramError (not a static x86-64 ELF program), LimitError (instructions, seconds), AllocationError (the DRAM is
     full), UnsupportedCall (names the system call), ArgumentError, OSError. Main thread only: it sets signal handlers and
     puts them back.
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 import select
 import stat
 import struct
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -15,8 +17,11 @@ if TYPE_CHECKING:
 
     from csvfast.machine.emulator.process import Process
 
-__all__ = ["CALLS", "number_of", "signed"]
+__all__ = ["CALLS", "LIBC", "number_of", "signed"]
 
+LIBC: Final = ctypes.CDLL(None, use_errno=True)
+LIBC.read.restype = LIBC.write.restype = ctypes.c_ssize_t
+LIBC.read.argtypes = LIBC.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 _BULK: Final = 1 << 17  # bytes of one call: a program is told what was done and goes on
 _CLOEXEC: Final = 0o2000000
 
@@ -32,11 +37,15 @@ def number_of(value: int) -> int:
     return signed(value, 32)
 
 
+def _take(process: Process, host: int, length: int) -> bytes:
+    buffer = bytearray(min(length, _BULK))
+    done = process.waiting(LIBC.read, host, (ctypes.c_char * len(buffer)).from_buffer(buffer), len(buffer))
+    return bytes(memoryview(buffer)[:done])
+
+
 def _read(process: Process, number: int, address: int, length: int, *_: int) -> int:
     host = process.files.host(number_of(number))
-    process.waiting = True
-    data = os.read(host, min(length, _BULK))
-    process.waiting = False
+    data = _take(process, host, length)
     process.space.write(address, data)
     return len(data)
 
@@ -44,8 +53,7 @@ def _read(process: Process, number: int, address: int, length: int, *_: int) -> 
 def _write(process: Process, number: int, address: int, length: int, *_: int) -> int:
     host = process.files.host(number_of(number))
     data = process.space.read(address, min(length, _BULK))
-    process.waiting = True
-    return os.write(host, data)
+    return process.waiting(LIBC.write, host, bytes(data), len(data))
 
 
 def _pread(process: Process, number: int, address: int, length: int, offset: int, *_: int) -> int:
@@ -69,9 +77,7 @@ def _vectors(process: Process, address: int, count: int) -> list[tuple[int, int]
 def _readv(process: Process, number: int, address: int, count: int, *_: int) -> int:
     vectors = _vectors(process, address, count)
     host = process.files.host(number_of(number))
-    process.waiting = True
-    data = os.read(host, min(sum(length for _, length in vectors), _BULK))
-    process.waiting = False
+    data = _take(process, host, sum(length for _, length in vectors))
     place = 0
     for start, length in vectors:
         part = data[place : place + length]
@@ -85,8 +91,7 @@ def _writev(process: Process, number: int, address: int, count: int, *_: int) ->
     data = bytearray()
     for start, length in _vectors(process, address, count):
         data += process.space.read(start, min(length, _BULK - len(data)))
-    process.waiting = True
-    return os.write(host, data)
+    return process.waiting(LIBC.write, host, bytes(data), len(data))
 
 
 def _close(process: Process, number: int, *_: int) -> int:
@@ -219,10 +224,17 @@ def _poll(process: Process, address: int, count: int, timeout: int, *_: int) -> 
         for entry in same:
             wanted |= entry[1]
         poller.register(host, wanted)
-    process.waiting = True
+    found = []
     wait = number_of(timeout)
-    found = poller.poll(0 if ready else (None if wait < 0 else wait))
-    process.waiting = False
+    end = time.monotonic() + wait / 1000
+    while True:  # in slices: Python's poll goes on after a signal
+        left = 0 if ready else 20 if wait < 0 else max(min((end - time.monotonic()) * 1000, 20), 0)
+        found = poller.poll(left)
+        if found or ready or (wait >= 0 and time.monotonic() >= end):
+            break
+        if process.interrupted():
+            raise OSError(errno.EINTR, "poll")
+        process.check_deadline()
     for host, events in found:
         for entry in hosts[host]:
             entry[2] = events & (entry[1] | select.POLLERR | select.POLLHUP | select.POLLNVAL)

@@ -40,7 +40,7 @@ def _creat(process: Process, address: int, mode: int, *_: int) -> int:
 
 
 def _put_status(process: Process, address: int, status: os.stat_result) -> int:
-    times = []
+    times: list[int] = []
     for value in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns):
         times += divmod(value, 10**9)
     process.space.write(address, struct.pack(
@@ -56,7 +56,7 @@ def _status(process: Process, path: bytes, *, follow: bool) -> os.stat_result:
             return os.fstat(host)
     except FileNotFoundError:
         if path in (b"/dev/null", b"/dev/zero", b"/dev/urandom", b"/dev/random", b"/dev/tty"):
-            return os.stat(path)
+            return os.stat(path)  # noqa: PTH116 - bytes
         raise
 
 
@@ -117,7 +117,7 @@ def _getdents(process: Process, number: int, address: int, length: int, *_: int)
     host = process.files.host(number_of(number))
     # The descriptor's own position counts entries: reading goes on after lseek(0) and in forked children alike.
     start = os.lseek(host, 0, os.SEEK_CUR)
-    names = [b".", b"..", *sorted(os.fsencode(name) for name in os.listdir(host))]
+    names = [b".", b"..", *sorted(os.fsencode(name) for name in os.listdir(host))]  # noqa: PTH208
     out = b""
     place = start
     for name in names[start:]:
@@ -268,7 +268,7 @@ def _set_times(process: Process, where: str | int, times: int) -> int:
     if not times:
         os.utime(where)
         return 0
-    status = os.stat(where)
+    status = os.stat(where)  # noqa: PTH116 - or a descriptor
     values = struct.unpack("<4q", process.space.read(times, 32))
     stamps = []
     for seconds, nanoseconds, old in (

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
 import select
 import signal
+import stat
 import struct
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from unicorn import x86_const as x86
 
-from csvfast import errors
 from csvfast.machine.emulator.files import AT_FDCWD
 from csvfast.machine.emulator.process import Ended
-from csvfast.machine.emulator.syscalls_files import number_of, signed
+from csvfast.machine.emulator.syscalls_files import LIBC, number_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,10 +78,10 @@ def _execve(process: Process, path: int, arguments: int, environment: int, *_: i
     words, settings = _texts(process, arguments), _texts(process, environment)
     if where == b"/proc/self/exe":
         where = os.fsencode(process.name)
-    for _ in range(4):
+    for _attempt in range(4):
         file = process.files.open(process.files.absolute(AT_FDCWD, where), os.O_RDONLY)
         try:
-            if not os.access(f"/proc/self/fd/{file}", os.X_OK) or os.path.isdir(f"/proc/self/fd/{file}"):
+            if not os.access(f"/proc/self/fd/{file}", os.X_OK) or stat.S_ISDIR(os.fstat(file).st_mode):
                 raise OSError(errno.EACCES, "not executable")
             head = os.pread(file, 256, 0)
             if head[:4] == b"\x7fELF":
@@ -102,8 +103,6 @@ def _execve(process: Process, path: int, arguments: int, environment: int, *_: i
     def replace() -> None:
         try:
             process.execute(file, os.fsdecode(process.files.absolute(AT_FDCWD, where)), words, settings)
-        except errors.FormatError:
-            raise
         finally:
             os.close(file)
         process.files.executed()
@@ -113,17 +112,16 @@ def _execve(process: Process, path: int, arguments: int, environment: int, *_: i
 
 
 def _wait4(process: Process, number: int, address: int, options: int, usage: int, *_: int) -> int:
-    process.waiting = True
-    try:
-        child, status, used = os.wait4(number_of(number), options & 0xF)
-    finally:
-        process.waiting = False
+    state = ctypes.c_int()
+    used = ctypes.create_string_buffer(144)
+    child = process.waiting(LIBC.wait4, number_of(number), ctypes.byref(state), options & 0xF, used)
+    status = state.value
     if child and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
         process.frames.release(child)
     if child and address:
         process.space.write(address, struct.pack("<i", status))
     if usage:
-        process.space.write(usage, _usage(used))
+        process.space.write(usage, used.raw)
     return child
 
 
@@ -141,10 +139,7 @@ def _getrusage(process: Process, who: int, address: int, *_: int) -> int:
 
 def _kill(process: Process, number: int, which: int, *_: int) -> int:
     number, which = number_of(number), number_of(which)
-    if number in (0, -1) or number < -1:
-        targets = {-number} if number < -1 else process.frames.processes()
-    else:
-        targets = {number}
+    targets = process.frames.processes() if number in (0, -1) else {abs(number)}
     if number != os.getpid() and not targets <= process.frames.processes():
         raise OSError(errno.ESRCH, "no such process of this machine")
     for target in targets:
@@ -165,7 +160,7 @@ def _sigaction(process: Process, number: int, new: int, old: int, size: int, *_:
         raise OSError(errno.EINVAL, "sigaction")
     before = process.actions.get(number, (0, 0, 0, 0))
     if new:
-        process.set_action(number, struct.unpack("<4Q", process.space.read(new, 32)))  # type: ignore[arg-type]
+        process.set_action(number, struct.unpack("<4Q", process.space.read(new, 32)))
     if old:
         process.space.write(old, struct.pack("<4Q", *before))
     return 0
@@ -177,34 +172,27 @@ def _sigprocmask(process: Process, how: int, new: int, old: int, *_: int) -> int
         (value,) = struct.unpack("<Q", process.space.read(new, 8))
         value &= ~(1 << 8 | 1 << 18)  # SIGKILL, SIGSTOP
         process.mask = {0: before | value, 1: before & ~value, 2: value}.get(number_of(how), before)
-        blocked = {number for number in range(1, 65) if process.mask >> (number - 1) & 1}
-        # Handled signals come in and wait here; the others wait at the host.
-        signal.pthread_sigmask(
-            signal.SIG_SETMASK, {number for number in blocked if process.actions.get(number, (0,))[0] <= 1}
-        )
+        process.block_signals()
     if old:
         process.space.write(old, struct.pack("<Q", before))
     return 0
 
 
 def _sigreturn(process: Process, *_: int) -> None:
-    process.todo = process.signal_return  # type: ignore[assignment]
+    process.todo = process.signal_return
 
 
 def _sigsuspend(process: Process, mask: int, *_: int) -> int:
-    before = process.mask
-    (process.mask,) = struct.unpack("<Q", process.space.read(mask, 8))
-    # The handler runs under the old mask when this returns; what counts is that the signal ends the waiting.
-    try:
-        _wait_for_signal(process)
-    finally:
-        process.mask = before
+    (wanted,) = struct.unpack("<Q", process.space.read(mask, 8))
+    process.suspended, process.mask = process.mask, wanted  # the handler's frame keeps the old one
+    process.block_signals()
+    _wait_for_signal(process)
     return -errno.EINTR
 
 
 def _wait_for_signal(process: Process) -> None:
-    process.waiting = True
-    while not any(not process.mask >> (number - 1) & 1 for number in process.pending):
+    while not process.interrupted():
+        process.check_deadline()
         select.select([], [], [], 0.02)
 
 
@@ -222,10 +210,12 @@ def _nanosleep(process: Process, request: int, *_: int) -> int:
 
 
 def _sleep(process: Process, seconds: float) -> None:
-    if process.deadline is not None:
-        seconds = min(seconds, max(process.deadline - time.monotonic(), 0.0))
-    process.waiting = True
-    time.sleep(seconds)
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if process.interrupted():
+            raise OSError(errno.EINTR, "sleep")
+        process.check_deadline()
+        time.sleep(min(left, 0.02))
 
 
 def _clock_nanosleep(process: Process, clock: int, flags: int, request: int, *_: int) -> int:
@@ -394,5 +384,3 @@ CALLS: Final[dict[int, Callable[..., Any]]] = {
     273: _nothing, 302: _prlimit, 318: _getrandom, 324: _missing, 332: _missing, 334: _missing, 435: _missing,
     437: _missing, 439: _missing, 326: _missing,
 }  # fmt: skip
-
-_ = signed

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-import unicorn
+from unicorn import UcError  # type: ignore[attr-defined]
 from unicorn import unicorn_const as constants
 
 from csvfast import errors
@@ -89,6 +89,7 @@ class AddressSpace:
         self._views = [whole[slot * PAGE : (slot + 1) * PAGE] for slot in range(self._slots)]
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self.uc: Any = None
+        self.failure: BaseException | None = None  # what went wrong inside of a fill
         self.clear()
         self.fills = self.decrypted = self.encrypted = self.flushes = 0
 
@@ -117,7 +118,15 @@ class AddressSpace:
 
     # ---- Faults
 
-    def _fill(self, _uc: Any, address: int, access: int, entry: Any, _data: Any) -> bool:
+    def _fill(self, uc: Any, address: int, access: int, entry: Any, _data: Any) -> bool:
+        try:
+            return self._answer(address, access, entry)
+        except BaseException as problem:  # Unicorn would swallow it
+            self.failure = problem
+            uc.emu_stop()
+            return False
+
+    def _answer(self, address: int, access: int, entry: Any) -> bool:
         page = self._page(address >> 12)
         write = access == _WRITE
         if page is None or (write and not page.rights & WRITE) or (access == _FETCH and not page.rights & EXECUTE):
@@ -215,7 +224,7 @@ class AddressSpace:
     def forget_code(self, number: int) -> None:
         """Drops what was translated from a page."""
         if self.uc is not None:
-            with suppress(unicorn.UcError):
+            with suppress(UcError):
                 self.uc.ctl_remove_cache(number << 12, (number + 1) << 12)
 
     def flush(self) -> None:

@@ -1,0 +1,89 @@
+"""The emulated machine against plain Unicorn: one loop over a working set, in Unicorn's own memory and behind the window.
+
+    python bench/emulator.py [rounds]
+
+Prints the best of five runs each, alternating: the window's cost when the set fits, and what each page costs when it does not.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import time
+
+from unicorn import Uc
+from unicorn import unicorn_const as constants
+from unicorn import x86_const as x86
+
+from csvfast.machine.emulator.frames import Frames
+from csvfast.machine.emulator.window import AddressSpace, Area
+from csvfast.memory import EncryptedMemory
+
+CODE_AT, DATA_AT = 0x400000, 0x10000000
+
+
+def loop(size: int, rounds: int) -> bytes:
+    """rounds times: for each 8 bytes of the set: add, rotate, store."""
+    return (
+        b"\x48\xb9" + struct.pack("<Q", rounds)  # mov rcx, rounds
+        + b"\x48\xbf" + struct.pack("<Q", DATA_AT)  # mov rdi, DATA_AT          <- again
+        + b"\x48\xbe" + struct.pack("<Q", DATA_AT + size)  # mov rsi, end
+        + b"\x48\x03\x07"  # add rax, [rdi]                                     <- inner
+        + b"\x48\xc1\xc0\x07"  # rol rax, 7
+        + b"\x48\x89\x07"  # mov [rdi], rax
+        + b"\x48\x83\xc7\x08"  # add rdi, 8
+        + b"\x48\x39\xf7"  # cmp rdi, rsi
+        + b"\x75\xed"  # jne inner
+        + b"\x48\xff\xc9"  # dec rcx
+        + b"\x75\xd4"  # jne again
+    )  # fmt: skip
+
+
+def plain(code: bytes, size: int) -> tuple[float, int]:
+    uc = Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)
+    uc.mem_map(CODE_AT, 4096)
+    uc.mem_map(DATA_AT, size)
+    uc.mem_write(CODE_AT, code)
+    start = time.perf_counter()
+    uc.emu_start(CODE_AT, CODE_AT + len(code))
+    return time.perf_counter() - start, uc.reg_read(x86.UC_X86_REG_RAX)
+
+
+def windowed(code: bytes, size: int, window: int) -> tuple[float, int, AddressSpace]:
+    descriptor = os.memfd_create("dram")
+    os.ftruncate(descriptor, 64 << 20)
+    memory = EncryptedMemory(64 << 20, path=f"/proc/self/fd/{descriptor}")
+    os.close(descriptor)
+    memory.install(1)
+    space = AddressSpace(memory, 1, Frames(memory.pages), window)
+    uc = Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)
+    space.attach(uc)
+    space.map(Area(CODE_AT, CODE_AT + 4096, 7))
+    space.map(Area(DATA_AT, DATA_AT + size, 3))
+    space.write(CODE_AT, code)
+    start = time.perf_counter()
+    uc.emu_start(CODE_AT, CODE_AT + len(code))
+    return time.perf_counter() - start, uc.reg_read(x86.UC_X86_REG_RAX), space
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
+    for size, window, count in ((192 << 10, 256 << 10, rounds), (1 << 20, 256 << 10, max(rounds // 100, 1))):
+        code = loop(size, count)
+        bare, behind = [], []
+        for _ in range(5):
+            seconds, value = plain(code, size)
+            bare.append(seconds)
+            seconds, other, space = windowed(code, size, window)
+            behind.append(seconds)
+            assert other == value
+        text = f"set {size >> 10} KiB, window {window >> 10} KiB: plain {min(bare):.3f} s, window {min(behind):.3f} s"
+        text += f", ratio {min(behind) / min(bare):.3f}; {space.decrypted} pages decrypted, {space.encrypted} encrypted"
+        if space.decrypted > 100:
+            text += f"; {(min(behind) - min(bare)) / space.decrypted * 1e6:.1f} us for a page in and out"
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
