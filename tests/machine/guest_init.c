@@ -1,5 +1,7 @@
 /* The first and only program of the guest in test_vmram_qemu.py, linked statically: fills memory with known text, works on it, and says on the
- * serial console what it has done. Its arguments come from the kernel's command line: work=MEBIBYTES rounds=N. */
+ * serial console what it has done. Its arguments come from the kernel's command line: work=MEBIBYTES rounds=N stay=0 or 1: after the sum it
+ * goes on working until somebody types a line. */
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,7 +33,7 @@ int main(int argc, char **argv, char **environment)
     (void)argc;
     (void)argv;
     const size_t size = option(environment, "work", 16) << 20;
-    const unsigned long rounds = option(environment, "rounds", 2);
+    const unsigned long rounds = option(environment, "rounds", 2), stay = option(environment, "stay", 0);
     uint64_t *words = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     printf("\nguest: started\n");
     if (words == MAP_FAILED) {
@@ -48,7 +50,9 @@ int main(int argc, char **argv, char **environment)
     printf("guest: text written\n");
     fflush(stdout);
     uint64_t sum = 0;
-    for (unsigned long round = 0; round < rounds; round++)
+    char typed;
+    fcntl(0, F_SETFL, O_NONBLOCK);
+    for (unsigned long round = 0; round < rounds || (stay && read(0, &typed, 1) < 1); round++) {
         for (size_t i = 0; i < size / 8; i += 4) {
             if (memcmp(&words[i], text, 16) || words[i + 2] != i + round || words[i + 3] != ~i) {
                 printf("guest: memory is wrong at word %zu in round %lu\n", i, round);
@@ -57,6 +61,11 @@ int main(int argc, char **argv, char **environment)
             words[i + 2]++;
             sum = (sum ^ words[i + 2]) * UINT64_C(0x100000001b3);
         }
-    printf("guest: sum %016llx\n", (unsigned long long)sum);
+        if (round + 1 == rounds) {
+            printf("guest: sum %016llx\n", (unsigned long long)sum);
+            fflush(stdout);
+        }
+    }
+    printf("guest: goodbye\n");
     stop();
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import mmap
 import os
 import shutil
 import signal
@@ -17,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 QEMU = "qemu-system-x86_64"
 TEXT = b"KNOWN-GUEST-TEXT"
 KERNEL_TEXT = b"Linux version "  # linux_banner stands in every running kernel's memory
-SIZE = 256 << 20
+SIZE = 128 << 20
 
 
 def boot_files() -> Path:
@@ -68,6 +70,22 @@ def preload_library() -> Path:
     return build / "libcsvfast-vmram-preload.so"
 
 
+def holds(path: Path, words: bytes) -> bool:
+    """Does the file hold the words now? All of it is looked at but its holes, which are zeros: one scan."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+        at = 0
+        while True:
+            try:
+                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return False
+            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            if view.find(words, max(0, start - len(words)), at) >= 0:
+                return True
+
+
 def count(path: Path, words: bytes) -> int:
     """How often the file holds the words: one scan, as the host can make it at any moment."""
     found = 0
@@ -111,12 +129,22 @@ class Guest:
             time.sleep(0.02)
         return self.seen[word]
 
+    def leave(self) -> None:
+        """A guest that stays is told to end."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+
     def finish(self, seconds: float = 120) -> int:
         code = self.process.wait(seconds)
         if self.reader is not None:
             self.reader.join(5)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
         return code
 
     def kill_only(self) -> None:
@@ -136,23 +164,24 @@ def start(
     *,
     work: int = 16,
     rounds: int = 2,
+    stay: bool = False,
     encrypted: bool = True,
     environment: dict[str, str] | None = None,
 ) -> Guest:
-    """QEMU on a guest of 256 MiB whose memory is the file `dram`, encrypted or plain."""
+    """QEMU on a guest of 128 MiB whose memory is (a part of) the file `dram`, encrypted or plain."""
     settings = dict(os.environ)
     if encrypted:
         settings |= {"LD_PRELOAD": str(preload_library()), "CSVFAST_VMRAM_PATH": str(dram)} | (environment or {})
     command = [
         shutil.which(QEMU) or QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none",
-        "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "256M", "-no-reboot",
+        "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", f"{SIZE >> 20}M", "-no-reboot",
         "-object", f"memory-backend-file,id=ram,size={SIZE},mem-path={dram},share=on", "-machine", "q35,memory-backend=ram",
         "-kernel", str(boot_files() / "linux"), "-initrd", str(initrd),
-        "-append", f"console=ttyS0 quiet panic=-1 work={work} rounds={rounds}",
+        "-append", f"console=ttyS0 quiet panic=-1 work={work} rounds={rounds} stay={int(stay)}",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, env=settings, text=True, errors="replace",
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     guest = Guest(process, dram)
     guest.reader = threading.Thread(target=guest.read, daemon=True)
