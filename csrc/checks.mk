@@ -57,10 +57,10 @@ asan:
 	$(ASAN_MAKE) $(FUZZERS:$(BUILD)/fuzz/%=$(BUILD)/asan/fuzz-standalone/%)
 	for target in $(notdir $(FUZZERS)); do $(BUILD)/asan/fuzz-standalone/$$target --random 300 || exit 1; done
 
-TSAN_TESTS := test_engine_threads test_cache_threads test_embedding test_pool test_dispatch
+TSAN_TESTS := test_engine_threads test_cache_threads test_embedding test_pool test_dispatch $(if $(PRELOAD),test_vmram)
 tsan:
 	$(MAKE) BUILD=$(BUILD)/tsan SANITIZE=thread $(TSAN_TESTS:%=$(BUILD)/tsan/tests/%)
-	for test in $(TSAN_TESTS); do $(BUILD)/tsan/tests/$$test || exit 1; done
+	for test in $(TSAN_TESTS); do TSAN_OPTIONS='history_size=7 suppressions=tests/tsan_vmram.supp' $(BUILD)/tsan/tests/$$test || exit 1; done
 
 $(BUILD)/fuzz-standalone/%: fuzz/%.c fuzz/standalone.c $(BUILD)/libcsvfast.a
 	@mkdir -p $(@D)
