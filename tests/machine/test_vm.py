@@ -102,10 +102,10 @@ def test_launch_and_run(place: Platform, initrd: Path, tmp_path: Path) -> None:
 
 
 def test_ends_by_itself_and_again_on_old_frames(place: Platform, initrd: Path, tmp_path: Path) -> None:
-    """The second guest gets the frames that the first one left: it boots all the same, with another firmware and key."""
+    """The second guest gets the frames that the first one left: it boots all the same, under another key."""
     sums = set()
-    for firmware in (vm_platform.firmware(), qemu_guest.boot_files() / "OVMF.fd"):
-        with make(place, plan(initrd, firmware=firmware), tmp_path) as machine:
+    for _ in range(2):
+        with make(place, plan(initrd), tmp_path) as machine:
             machine.launch()
             assert machine.wait(100) == 0, machine.console()
             sums.add(next(line.strip() for line in machine.console().splitlines() if line.startswith("guest: sum")))
