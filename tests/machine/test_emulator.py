@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -288,3 +289,21 @@ def test_usage_errors(tmp_path: Path) -> None:
 def test_dynamic_programs_are_refused(compiled: Callable[..., Path]) -> None:
     program = compiled("dynamic", CRASH, "gcc", "-fPIE")
     assert b"dynamically linked" in emulate(program.parent, "/dynamic").stderr
+
+
+@pytest.mark.parametrize("how", ["kill", "limit", "end"])
+def test_forked_processes_end_with_the_first(busybox: Path, tmp_path: Path, how: str) -> None:
+    root = make_root(tmp_path, busybox)
+    script = "sleep 300 & echo $!; " + ("exit 0" if how == "end" else "wait")
+    words = command(root, *(("--seconds", "2") if how == "limit" else ()), "/bin/sh", "-c", script)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        child = Path("/proc") / process.stdout.readline().decode().strip()
+        if how == "kill":
+            assert child.exists()
+            process.kill()
+        process.wait(60)
+        until = time.monotonic() + 20
+        while time.monotonic() < until and child.exists() and "\nState:\tZ" not in (child / "status").read_text():
+            time.sleep(0.05)
+        assert not child.exists() or "\nState:\tZ" in (child / "status").read_text()

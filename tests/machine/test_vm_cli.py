@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-from csvfast.machine.vm_door import REQUEST_MAX
 from machine import qemu_guest
 from machine.vm_platform import alive
+
+from csvfast.machine.vm_door import REQUEST_MAX
 
 pytestmark = pytest.mark.skipif(
     shutil.which(qemu_guest.QEMU) is None or not (qemu_guest.boot_files() / "vmlinuz").exists(),
@@ -158,7 +158,7 @@ def test_refused(place: Path, initrd: Path, more: tuple[str, ...], code: int, wo
 
 def test_run_directory_of_others(place: Path, initrd: Path) -> None:
     place.mkdir()
-    os.chmod(place, 0o755)  # noqa: PTH101
+    os.chmod(place, 0o755)
     done = run("run", *options(initrd, LONG))
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
     assert "mode 0700" in done.stderr

@@ -94,6 +94,7 @@ class Process:
         self._failure: BaseException | None = None
         self._running = threading.Event()
         self._wake = (-1, -1)
+        self._lifeline = os.pipe2(os.O_CLOEXEC)  # the first process alone holds its writing end
 
     # ---- Programs
 
@@ -213,7 +214,7 @@ class Process:
             os.close(ready)
             return child
         os.close(ready)
-        self.first = False
+        self._follow_the_first()
         self.pending = []
         self._watch()
         self.space.forked()
@@ -221,6 +222,19 @@ class Process:
         if stack:
             self.uc.reg_write(x86.UC_X86_REG_RSP, stack)
         return 0
+
+    def _follow_the_first(self) -> None:
+        """In a child: the machine ends with its first process, however that ends, and every process with the machine."""
+        if self.first:
+            os.close(self._lifeline[1])
+        self.first = False
+        lifeline = self._lifeline[0]
+
+        def follow() -> None:
+            os.read(lifeline, 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=follow, daemon=True).start()
 
     def die(self, number: int) -> None:
         """Ends the host's process by a signal, as the guest's would have."""
@@ -231,7 +245,9 @@ class Process:
         os._exit(128 + number)
 
     def close(self) -> None:
-        """Closes the process's files and forgets its memory."""
+        """Closes the process's files and forgets its memory; ends the processes that it forked. The first process alone."""
+        for descriptor in self._lifeline:
+            os.close(descriptor)
         signal.set_wakeup_fd(-1)
         for number in list(self.files.open_files):
             self.files.close(number)
