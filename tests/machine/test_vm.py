@@ -23,6 +23,7 @@ from csvfast.errors import AllocationError, ArgumentError, FirmwareError, StateE
 from csvfast.machine import vm_qemu
 from csvfast.machine.vm import CsvVm
 from csvfast.machine.vm_files import clean
+from csvfast.measure import launch_digest
 from csvfast.processor.core import C_BIT
 from csvfast.processor.owner import OwnerKeys
 from csvfast.processor.session import make_session
@@ -152,6 +153,76 @@ def test_another_digest(place: Platform, initrd: Path, tmp_path: Path) -> None:
         machine.launch()
     assert machine.status()["qemu"] is None
     nothing_left(place, tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["firmware", "kernel", "initrd", "append"])
+def test_no_instruction_of_anything_else(place: Platform, initrd: Path, tmp_path: Path, changed: str) -> None:
+    """One bit of any input, and neither does the owner's digest hold nor does the firmware finish a session that demands it."""
+    good = plan(initrd)
+    digest = launch_digest(
+        good.firmware, kernel=good.kernel, initrd=good.initrd, append=good.append, force_hash_table=True
+    ).digest
+    with Host(place.machine) as host:
+        host.initialise()
+    if changed == "append":
+        bad = replace(good, append=f"{good.append} ")
+    else:
+        copy = tmp_path / "changed"
+        content = bytearray(Path(getattr(good, changed)).read_bytes())
+        content[-1] ^= 1
+        copy.write_bytes(content)
+        bad = replace(good, **{changed: copy})
+    root = tmp_path / "run"
+    root.mkdir()
+    with make(place, bad, root, expected=digest) as machine, pytest.raises(VerificationError, match="launch digest"):
+        machine.launch()
+    assert machine.status()["qemu"] is None
+    with (
+        make(place, bad, root, owner=owner_of(place, digest)) as machine,
+        pytest.raises((FirmwareError, VerificationError)),
+    ):
+        machine.launch()
+    assert machine.status()["qemu"] is None
+    nothing_left(place, root)
+
+
+def test_two_machines_on_one_platform(initrd: Path, tmp_path: Path) -> None:
+    """Two guests, two ASIDs, one DRAM: both work, and neither key opens the other's frames."""
+    with vm_platform.platform(2 * MEMORY + (32 << 20)) as place:
+        guests = [make(place, plan(initrd, "work=8 rounds=1000000"), tmp_path, window="1/8") for _ in range(2)]
+        try:
+            for machine in guests:
+                machine.launch()
+            for machine in guests:
+                wait_for(machine, "guest: text written")
+            assert len({machine.status()["asid"] for machine in guests}) == 2
+            for machine in guests:
+                machine.dump(tmp_path / f"{machine.name}.ram")
+            for own in guests:
+                for reader in guests:
+                    found = sum(
+                        place.machine.guest_read(reader.launched.handle, (own.address + offset) | C_BIT, 1 << 20).count(
+                            qemu_guest.TEXT
+                        )
+                        for offset in range(0, MEMORY, 1 << 20)
+                    )
+                    assert (found > 100_000) if own is reader else (found == 0)
+            assert place.count(qemu_guest.TEXT) == 0
+        finally:
+            for machine in guests:
+                machine.close()
+
+
+def test_open_firmware(initrd: Path, tmp_path: Path) -> None:
+    """Debian's OVMF boots the same kernel; its digest is another."""
+    firmware = qemu_guest.boot_files() / "OVMF.fd"
+    size = 256 << 20
+    with vm_platform.platform(size + (32 << 20)) as place:
+        guest = plan(initrd, "work=1 rounds=1", firmware=firmware, memory_size=size)
+        with make(place, guest, tmp_path) as machine:
+            machine.launch()
+            assert machine.wait(100) == 0
+            assert "guest: sum" in machine.console(), machine.console()
 
 
 def test_time_limit(place: Platform, initrd: Path, tmp_path: Path) -> None:
