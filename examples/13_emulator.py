@@ -1,7 +1,7 @@
 """One static program on an emulated CPU whose memory is ciphertext: no QEMU, no privileges (pip install 'csvfast[unicorn]').
 
-The program, some bytes of x86-64 made here, fills 128 KiB with copies of a text, says so, and waits for a byte. Meanwhile the host
-reads the DRAM.
+The program, some bytes of x86-64 made here, fills 128 KiB with copies of a text, says so, and waits for a byte. Meanwhile the
+host reads the DRAM.
 """
 
 from __future__ import annotations
