@@ -15,7 +15,7 @@
 
 #include "preload.h"
 
-enum { PEERS_MAX = 8, LINE_MAX_BYTES = PATH_MAX + 32 };
+enum { PEERS_MAX = 8, BACKLOG = 64, LINE_MAX_BYTES = PATH_MAX + 32 };
 
 typedef struct peer {
     int fd;
@@ -232,7 +232,7 @@ static int open_listener(const struct sockaddr_un *address)
         if (!is_good)
             errno = error;
     }
-    if (is_good && listen(fd, PEERS_MAX) == 0)
+    if (is_good && listen(fd, BACKLOG) == 0)
         return fd;
     const int saved = errno;
     close(fd);

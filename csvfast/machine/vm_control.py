@@ -61,30 +61,44 @@ class MemoryControl:
         return found
 
     def ask(self, request: str) -> str:
-        """Sends a line and returns the answer's, without its end."""
+        """Sends a line and returns the answer's, without its end. A connection that others have pushed out is made anew, once."""
         with self._guard:
-            try:
-                if self._socket is None:
-                    self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-                    self._socket.settimeout(self._seconds)
-                    self._socket.connect(os.fspath(self.path))
-                self._socket.sendall(request.encode() + b"\n")
-                answer = bytearray()
-                while not answer.endswith(b"\n"):
-                    chunk = self._socket.recv(65536)
-                    if not chunk or len(answer) > ANSWER_MAX:
-                        raise StateError("memory control: the connection ended within an answer")
-                    answer += chunk
-            except OSError as problem:
-                self._drop()
-                raise StateError(f"memory control: {problem}") from None
-            except BaseException:
-                self._drop()
-                raise
+            if self._socket is not None:
+                try:
+                    answer = self._exchange(request)
+                except (OSError, StateError):
+                    answer = self._exchange_or_drop(request)
+            else:
+                answer = self._exchange_or_drop(request)
         text = answer.decode(errors="replace").rstrip("\n")
         if text.startswith("error"):
             raise StateError(f"memory control: {text.removeprefix('error').strip()}")
         return text
+
+    def _exchange_or_drop(self, request: str) -> bytes:
+        self._drop()
+        try:
+            return self._exchange(request)
+        except OSError as problem:
+            self._drop()
+            raise StateError(f"memory control: {problem}") from None
+        except BaseException:
+            self._drop()
+            raise
+
+    def _exchange(self, request: str) -> bytes:
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            self._socket.settimeout(self._seconds)
+            self._socket.connect(os.fspath(self.path))
+        self._socket.sendall(request.encode() + b"\n")
+        answer = bytearray()
+        while not answer.endswith(b"\n"):
+            chunk = self._socket.recv(65536)
+            if not chunk or len(answer) > ANSWER_MAX:
+                raise StateError("memory control: the connection ended within an answer")
+            answer += chunk
+        return bytes(answer)
 
     def close(self) -> None:
         """Closes the connection. Idempotent."""

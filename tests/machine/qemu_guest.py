@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import mmap
@@ -144,7 +145,8 @@ class Guest:
             self.reader.join(5)
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # words that a dead guest did not take
+                    stream.close()
         return code
 
     def kill_only(self) -> None:

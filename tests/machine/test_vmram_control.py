@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ from machine import qemu_guest
 from machine.qemu_guest import preload_library, userfault_reason
 
 from csvfast.crypto import SM4XTS
+from csvfast.machine.vm_control import MemoryControl
 
 PAGE = 4096
 MIB = 1 << 20
@@ -94,8 +96,16 @@ def start(binary: Path, folder: Path) -> Iterator[Start]:
 def connect(path: Path) -> socket.socket:
     peer = socket.socket(socket.AF_UNIX)
     peer.settimeout(10)
-    peer.connect(str(path))
-    return peer
+    until = time.monotonic() + 10
+    while True:
+        try:
+            peer.connect(str(path))
+        except BlockingIOError:  # more connections wait than the socket keeps
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return peer
 
 
 def answer(peer: socket.socket, request: bytes) -> bytes:
@@ -286,3 +296,20 @@ def test_refused(start: Start, environment: dict[str, str], words: str) -> None:
     lines = [line for line in errors.splitlines() if line.startswith("csvfast-vmram: ")]
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_pushed_out(start: Start, folder: Path) -> None:
+    """Whom nine others have pushed out comes back by himself."""
+    control = folder / "control"
+    program = start(CONTROL=str(control))
+    client = MemoryControl(control)
+    client.flush()
+    with contextlib.ExitStack() as others:
+        for _ in range(9):
+            peer = others.enter_context(connect(control))
+            assert answer(peer, b"flush") == b"ok"
+        client.evict(0, 4096)
+        assert client.stats()["failure"] == 0
+    client.close()
+    program.ask("q")
+    assert program.finish() == (0, "")
