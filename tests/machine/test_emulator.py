@@ -128,7 +128,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def make_root(place: Path, busybox: Path) -> Path:
     (place / "bin").mkdir(parents=True)
-    (place / "work").mkdir()
+    (place / "here").mkdir()
     shutil.copy(busybox, place / "bin" / "busybox")
     (place / "bin" / "sh").symlink_to("busybox")
     return place
@@ -137,15 +137,15 @@ def make_root(place: Path, busybox: Path) -> Path:
 @pytest.mark.parametrize("window", ["128KiB", "256KiB"])
 def test_shell_script_is_native(busybox: Path, tmp_path: Path, window: str) -> None:
     root = make_root(tmp_path / "root", busybox)
-    (root / "work" / "run.sh").write_text(SCRIPT)
-    found = emulate(root, "--window", window, "--directory", "/work", "/bin/busybox", "sh", "run.sh", "one")
-    native = tmp_path / "work"
+    (root / "here" / "run.sh").write_text(SCRIPT)
+    found = emulate(root, "--window", window, "--directory", "/here", "/bin/busybox", "sh", "run.sh", "one")
+    native = tmp_path / "here"
     native.mkdir()
     (native / "run.sh").write_text(SCRIPT)
     # Its applets are its own in both worlds; only the working directory has another name.
     real = subprocess.run([busybox, "sh", "run.sh", "one"], capture_output=True, cwd=native, check=False, timeout=60)
     assert found.returncode == real.returncode == 9, found.stderr
-    assert found.stdout.replace(b"/work/d", b"D") == real.stdout.replace(bytes(native / "d"), b"D")
+    assert found.stdout.replace(b"/here/d", b"D") == real.stdout.replace(bytes(native / "d"), b"D")
     assert b"same" in found.stdout
 
 
