@@ -176,7 +176,10 @@ static void two_ways(stream *in)
 static void sign_and_spoil(stream *in)
 {
     uint8_t signature[64], digest[32], nonce[32];
-    const unsigned k = take_byte(in) % KEYS, one = take_byte(in), other = take_byte(in), at = take_byte(in) % 96, flip = take_byte(in);
+    const unsigned which = take_byte(in) % KEYS, one = take_byte(in), other = take_byte(in), at = take_byte(in) % 96, flip = take_byte(in);
+    /* s + delta stands for the point (nonce + delta (1 + d)) G: whoever chooses nonce and delta makes it -nonce G, of the same x, and the
+     * signature valid again. One changed byte can do that where 1 + d is small, so s is spoiled under the ordinary key only. */
+    const unsigned k = at >= 32 && at < 64 ? KEYS - 1 : which;
     take(in, nonce, 32);
     take(in, digest, 32);
     int status = csvf_sm2_sign_digest_with_nonce(signature, &private_keys[k], digest, nonce);
