@@ -73,11 +73,13 @@ __all__ = [
     "BufferTypeError",
     "ClosedError",
     "ConflictError",
+    "ContainerError",
     "CsvfastError",
     "DeniedError",
     "FirmwareError",
     "FirmwareStatus",
     "FormatError",
+    "ImageError",
     "InternalError",
     "KernelError",
     "KeyExposureError",
@@ -93,6 +95,7 @@ __all__ = [
     "PageFaultError",
     "PointError",
     "ReadOnlyBufferError",
+    "RegistryError",
     "RequestError",
     "SignatureError",
     "SnapshotError",
@@ -306,6 +309,40 @@ class AttestedTlsError(CsvfastError, ConnectionError):
     def __init__(self, stage: str, message: str) -> None:
         super().__init__(f"{stage}: {message}")
         self.stage = stage
+
+
+class ImageError(CsvfastError, ValueError):
+    """A container image, a layer or an archive is not acceptable.
+
+    Attributes: subject: what it is about ("layer 2, sha256:4f...", "etc/passwd"). problem: what was found and what was expected.
+    """
+
+    def __init__(self, subject: str, problem: str) -> None:
+        self.subject, self.problem = subject, problem
+        super().__init__(f"{subject}: {problem}")
+
+
+class RegistryError(ImageError):
+    """A registry refused, could not be reached, or does not speak the distribution API.
+
+    Attributes: status: of HTTP; 0 without an answer. code: the registry's own ("MANIFEST_UNKNOWN"); "" without one.
+    """
+
+    def __init__(self, subject: str, problem: str, *, status: int = 0, code: str = "") -> None:
+        self.status, self.code = status, code
+        super().__init__(subject, problem)
+
+
+class ContainerError(CsvfastError):
+    """A container cannot be created, or cannot go on.
+
+    Attributes: kind: "policy" (the agent's policy forbids it), "attestation", "broker", "image", "launch", "state", "limit",
+        "executor", "protocol". problem: what was found.
+    """
+
+    def __init__(self, kind: str, problem: str) -> None:
+        self.kind, self.problem = kind, problem
+        super().__init__(f"{kind}: {problem}")
 
 
 class BrokerError(CsvfastError):

@@ -155,6 +155,11 @@ need musl-gcc musl-tools
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need initdb postgresql
 need softhsm2-util softhsm2
 need qemu-system-x86_64 qemu-system-x86
+need docker-registry docker-registry
+need umoci umoci
+need runc runc
+need crun crun
+need bwrap bubblewrap
 ldconfig -p 2>/dev/null | grep -q 'libgcrypt\.so\.20' || missing="$missing libgcrypt20"
 # The sanitizers and libFuzzer need clang's runtime, a package of its own.
 if command -v clang >/dev/null 2>&1; then

@@ -31,6 +31,7 @@ import skips  # noqa: E402  (the rule for skips is pytest's and ours alike)
 Command = list[str]
 # Tests that mostly wait for processes and sockets; the others mostly compute.
 SERVICES = ("broker", "ratstls", "machine")
+CONTAINERS = ("image", "runtime")
 REPEATED = 3
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-p", "skips", "--color=no"]
 
@@ -95,7 +96,7 @@ def make_target(target: str, needs: Callable[[], str | None]) -> Callable[[], st
 
 def stages(build: str, jobs: int) -> list[Stage]:
     """All stages. Those that share a C build directory stand in one stage; different stages never build the same files."""
-    minute = "60" if skips.is_continuous_integration() else "10"
+    minute = "30" if skips.is_continuous_integration() else "10"
 
     def make(target: str, part: str, *extra: str) -> Command:
         return ["make", "--no-print-directory", "-C", "csrc", f"-j{jobs}", f"BUILD={build}{part}", *extra, target]
@@ -130,10 +131,14 @@ def stages(build: str, jobs: int) -> list[Stage]:
             make("fuzz-smoke", "/fuzzing", f"FUZZ_SECONDS={minute}"),
         ], needs=make_target("fuzz-smoke", clang_runtime)),
         Stage("pytest", "Python tests", [
-            [*PYTEST, "-o", "cache_dir=build/pytest-pytest", "tests", *(f"--ignore=tests/{folder}" for folder in SERVICES)],
+            [*PYTEST, "-o", "cache_dir=build/pytest-pytest", "tests",
+             *(f"--ignore=tests/{folder}" for folder in SERVICES + CONTAINERS)],
         ], environment=python_environment),
         Stage("services", "Python tests of attested TLS, the broker and virtual machines", [
             [*PYTEST, "-o", "cache_dir=build/pytest-services", *(f"tests/{folder}" for folder in SERVICES)],
+        ], environment=python_environment),
+        Stage("containers", "Python tests of images and of confidential containers", [
+            [*PYTEST, "-o", "cache_dir=build/pytest-containers", *(f"tests/{folder}" for folder in CONTAINERS)],
         ], environment=python_environment),
         Stage("bench", "benchmark suites run once each, untimed", [
             [*PYTEST, "-o", "cache_dir=build/pytest-bench", "bench", "--benchmark-disable", "-q"],

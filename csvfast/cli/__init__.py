@@ -1,7 +1,7 @@
 """The `csvfast` command: one command, one room per subject.
 
     csvfast info | bench | measure ... | memory demo | machine trace|run | chip ... | cert ... | report ... | platform ...
-            | guest ... | vm ... | broker ... | attest client
+            | guest ... | vm ... | broker ... | attest client | image ... | runtime ...
 
 Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
 """
@@ -22,12 +22,14 @@ from csvfast.cli import broker as _broker
 from csvfast.cli import cert as _cert
 from csvfast.cli import chip as _chip
 from csvfast.cli import guest as _guest
+from csvfast.cli import image as _image
 from csvfast.cli import info as _info
 from csvfast.cli import machine as _machine
 from csvfast.cli import measure as _measure
 from csvfast.cli import memory as _memory
 from csvfast.cli import platform as _platform
 from csvfast.cli import report as _report
+from csvfast.cli import runtime as _runtime
 from csvfast.cli import vm as _vm
 from csvfast.cli.common import INTERRUPTED, ExitCode, exit_code_of, is_expected, report_error
 from csvfast.cli.streams import standard_streams
@@ -75,6 +77,8 @@ app.add_typer(_report.app, name="report")
 app.add_typer(_platform.app, name="platform")
 app.add_typer(_broker.app, name="broker")
 app.add_typer(_attest.app, name="attest")
+app.add_typer(_image.app, name="image")
+app.add_typer(_runtime.app, name="runtime")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

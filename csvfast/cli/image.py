@@ -1,0 +1,14 @@
+"""`csvfast image`: container images, encrypted and clear."""
+
+from __future__ import annotations
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Container images, encrypted and clear.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _image() -> None:
+    """Container images, encrypted and clear."""

@@ -1,0 +1,1 @@
+"""The life of a confidential container: sandbox, virtual machine, agent, container."""
