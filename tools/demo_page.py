@@ -230,10 +230,10 @@ summary{cursor:pointer;color:var(--bar);font-size:.88rem}.axis{position:relative
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));gap:1rem}
 .card{background:var(--card);border:1px solid var(--line);border-top:4px solid var(--good);border-radius:10px;padding:.9rem 1rem}
 .card.bad{border-top-color:var(--bad)}.card p{margin:.3rem 0;font-size:.93rem;color:var(--soft)}.card .by{color:var(--ink)}
-.badge{float:right;font-size:.78rem;font-weight:600;color:var(--good)}.bad .badge{color:var(--bad)}
+.badge{float:right;margin-left:.6rem;font-size:.78rem;font-weight:600;color:var(--good)}.bad .badge{color:var(--bad)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1rem}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1rem}
-figcaption{font-size:.93rem;margin-bottom:.6rem}svg{width:100%;height:auto;display:block}.mean{
+figure pre{white-space:pre;font-size:11px}figcaption{font-size:.93rem;margin-bottom:.6rem}svg{width:100%;height:auto;display:block}.mean{
 margin:.4rem 0;font-size:.86rem;color:var(--soft)}
 .legend{font-size:.86rem;color:var(--soft)}.legend i{
 display:inline-block;width:1rem;height:.8rem;margin:0 1px;vertical-align:-1px}
