@@ -11,7 +11,6 @@ Everything streams: memory stays bounded whatever the size of the input.
 
 from __future__ import annotations
 
-from csvfast.measure.batch import measure_images
 from csvfast.measure.errors import (
     EmptySourceError,
     FirmwareTableError,
@@ -31,6 +30,7 @@ from csvfast.measure.errors import (
     TargetError,
 )
 from csvfast.measure.image import Measurement, measure_image
+from csvfast.measure.images import measure_images
 from csvfast.measure.launch import HashedInput, LaunchDigest, LaunchPiece, hash_table, launch_digest
 from csvfast.measure.ovmf import GuidTable, HashTableArea, parse_guid_table
 from csvfast.measure.recipe import (
