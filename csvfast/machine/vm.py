@@ -16,7 +16,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +51,7 @@ FOUR_GIB: Final = 1 << 32
 START_SECONDS: Final = 60.0
 COPY_BYTES: Final = 8 * MEBIBYTE
 _EXIT_LINE: Final = re.compile(rb"^guest: exit (\d{1,3})\s*$", re.MULTILINE)
+_PORT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 _WINDOW: Final = re.compile(r"(\d{1,9})/(\d{1,9})|(\d{1,15})([KMGT]?)")
 
 
@@ -66,6 +67,7 @@ class CsvVm:
         secret: injected once the measurement is checked; needs `owner`. secret_address: guest physical; None: firmware's area.
         window: plaintext at most: a share ("1/4") or bytes ("64M"). accel: "tcg", "kvm", "auto".
         qemu: the program. arguments: more of its arguments, from whoever may run programs here. library: the preload library.
+        ports: more virtio serial ports by name, each with its host's end, a stream socket that the caller closes after launch().
         time_limit: seconds, after which the machine is killed. output: gets the console's bytes as they come.
         name: of its run directory; None: a new one. root: of run directories.
 
@@ -90,6 +92,7 @@ class CsvVm:
         accel: str = "tcg",
         qemu: str | os.PathLike[str] | None = None,
         arguments: Sequence[str] = (),
+        ports: Mapping[str, socket.socket] | None = None,
         library: str | os.PathLike[str] | None = None,
         time_limit: float | None = None,
         output: Callable[[bytes], object] | None = None,
@@ -128,6 +131,10 @@ class CsvVm:
         library = library or os.environ.get("CSVFAST_VMRAM_LIBRARY") or get_library("vmram-preload")
         self._library = str(Path(library).resolve(strict=True))
         self._arguments = tuple(arguments)
+        self._ports = dict(ports or {})
+        for port in self._ports:
+            if not _PORT.fullmatch(port) or port == PORT_NAME:
+                raise ArgumentError(f"port {port[:40]!r}: expected letters, digits, '.', '-', not the processor's name")
         self._time_limit = time_limit
         self._output = output
         self._host_lock = threading.Lock()
@@ -232,6 +239,7 @@ class CsvVm:
             raise StateError("there is no guest")
         control = self._directory.path / "memory.sock"
         ours, theirs = socket.socketpair()
+        ports = self._ports.values()
         self._channel = GuestChannel(ours, self._attest, self._info)
         self._control = MemoryControl(control)
         key_out, key_in = os.pipe2(os.O_CLOEXEC)
@@ -254,7 +262,7 @@ class CsvVm:
                 self._command(sealed, theirs.fileno()),
                 environment=environment,
                 preload=self._library,
-                descriptors=[self._dram, key_out, theirs.fileno(), *sealed.values()],
+                descriptors=[self._dram, key_out, theirs.fileno(), *sealed.values(), *(end.fileno() for end in ports)],
                 output=self._output,
                 seconds=self._time_limit,
                 ended=self.close,
@@ -296,6 +304,9 @@ class CsvVm:
             "-device", f"virtserialport,chardev=processor,name={PORT_NAME}",
             "-device", "virtio-rng-pci", "-bios", files["firmware"],
         ]  # fmt: skip
+        for number, (port, end) in enumerate(self._ports.items()):
+            command += ["-chardev", f"socket,id=port{number},fd={end.fileno()}"]
+            command += ["-device", f"virtserialport,chardev=port{number},name={port}"]
         for part in ("kernel", "initrd"):
             if part in files:
                 command += [f"-{part}", files[part]]

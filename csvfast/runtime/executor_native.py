@@ -1,0 +1,38 @@
+"""`native`: containers as processes of this machine's own kernel, by runc, crun or bwrap. Attested, not encrypted."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Final
+
+from csvfast.runtime.executor import ExecutorName, LaunchPlan
+from csvfast.runtime.executor_process import ProcessExecutor
+
+__all__ = ["NativeExecutor"]
+
+RUNTIMES: Final = ("runc", "crun", "bwrap")
+GUEST_BYTES: Final = 1 << 20  # the guest only holds the page of its requests
+
+
+class NativeExecutor(ProcessExecutor):
+    """Containers of the host's own kernel."""
+
+    name: ExecutorName = "native"
+
+    def statement(self) -> str:
+        """See Executor."""
+        return (
+            "nothing is encrypted in memory: container, agent and keys are in ordinary processes of this machine, whose "
+            "administrator can read them. Encrypted are the image's layers, in the registry and in the cache. The report shows "
+            "which code and configuration were measured, not that this machine protects them"
+        )
+
+    def unavailable(self) -> str | None:
+        """See Executor."""
+        if any(shutil.which(runtime) for runtime in RUNTIMES):
+            return None
+        return f"none of {', '.join(RUNTIMES)} is installed"
+
+    def guest_bytes(self, _plan: LaunchPlan) -> int:
+        """See ProcessExecutor."""
+        return GUEST_BYTES
