@@ -60,9 +60,23 @@ class Csv3Guest:
         updates: LAUNCH_ENCRYPT_DATA so far. frozen: True once the context has been sent: what would change here now, the
         target would not have. host_data: of LAUNCH_FINISH_EX. sent: pages sent away and unchanged since.
         sent_as: for the pages of a pair, the number under which they were sent last.
+        placed: (first guest page, first frame, pages) of the RAM that a memory controller in another process maps and gives its
+            zeros to, on the guest's first touch; empty: the firmware does that, on UPDATE_NPT.
     """
 
-    __slots__ = ("cpu_pairs", "frozen", "host_data", "pairs", "pool", "sent", "sent_as", "table", "updates", "vcpus")
+    __slots__ = (
+        "cpu_pairs",
+        "frozen",
+        "host_data",
+        "pairs",
+        "placed",
+        "pool",
+        "sent",
+        "sent_as",
+        "table",
+        "updates",
+        "vcpus",
+    )
 
     def __init__(self) -> None:
         self.table = NestedPageTable()
@@ -75,10 +89,18 @@ class Csv3Guest:
         self.host_data = bytes(HOST_DATA_BYTES)
         self.sent: set[int] = set()
         self.sent_as: dict[int, int] = {}
+        self.placed: tuple[tuple[int, int, int], ...] = ()
 
     def canonical(self, gfn: int) -> int:
         """The one number of a page: of a secure call pair, the lower."""
         return min(gfn, self.pairs.get(gfn, gfn))
+
+    def placed_frame(self, gfn: int) -> int | None:
+        """The frame of a page of RAM that a memory controller maps; None for all other pages."""
+        for first, frame, count in self.placed:
+            if first <= gfn < first + count:
+                return frame + gfn - first
+        return None
 
     def moved(self, gfn: int) -> None:
         """The page is no longer what was sent of it."""
@@ -413,9 +435,18 @@ class Csv3Commands(SecureCallCommands, PlatformCommands, LaunchCommands):
         return runs
 
     def _map_missing(self, record: Csv3Guest, missing: list[int]) -> None:
+        """Frames at the pages' own places as far as these are free, the others in a row from the end; the caller has compared
+        the number with what is free."""
         entries = record.table.entries
-        numbers = iter(missing)
-        for first, count in record.pool.take(len(missing)):
+        pool = record.pool
+        beyond: list[int] = []
+        for gfn in missing:
+            if pool.place_of(gfn) is None:
+                beyond.append(gfn)
+            else:
+                entries[gfn] = Mapping(pool.take_for(gfn), True)
+        numbers = iter(beyond)
+        for first, count in pool.take(len(beyond)):
             for frame in range(first, first + count):
                 entries[next(numbers)] = Mapping(frame, True)
 

@@ -92,7 +92,7 @@ class Csv3FaultCommands(Csv3Commands):
             if gfn in record.pairs and entry is not None and not entry.present:
                 self.swap_pair(guest, record, gfn)
             elif entry is None or entry.mmio:
-                record.table.entries[gfn] = Mapping(self.zeroed_frame(guest, record), True)
+                record.table.entries[gfn] = Mapping(self.private_frame(guest, record, gfn), True)
             elif not entry.writable and error_code & FAULT_WRITE:
                 self.touch_private(record, gfn)
             return 1

@@ -10,7 +10,7 @@ frame number, frame = system physical frame number).
 
 Sources: openeuler-mirror/kernel and anolis-cloud-kernel arch/x86/kvm/svm/csv.c (page attributes, levels, fault flow),
 arch/x86/kernel/csv-shared.c (private by default, ENC, DEC, RESET). Not public and therefore chosen here (inferred):
-lazy allocation, zeroed frames, the place of the firmware's own tables.
+lazy allocation, which frame a page gets, zeroed frames, the place of the firmware's own tables.
 Thread-safety: guarded by the processor's lock.
 """
 
@@ -114,15 +114,23 @@ class RangeSet:
         self._starts.clear()
         self._stops.clear()
 
+    def last(self) -> tuple[int, int]:
+        """The highest range. The caller has made sure that there is one."""
+        return self._starts[-1], self._stops[-1]
+
 
 class FramePool:
-    """Frames of one guest's private memory that are not in use."""
+    """Frames of one guest's private memory that are not in use.
 
-    __slots__ = ("_returned", "_runs", "free")
+    A page of the guest gets the frame at its own place in that memory, if it is free: neighbours stay neighbours, as large
+    mappings need it. All else (a firmware image below 4 GiB, save areas) comes from the end.
+    """
+
+    __slots__ = ("_free", "_regions", "free")
 
     def __init__(self) -> None:
-        self._runs: list[tuple[int, int]] = []  # (next frame, stop), never used
-        self._returned: list[int] = []
+        self._regions: list[tuple[int, int]] = []  # (first frame, frames)
+        self._free = RangeSet()
         self.free = 0
 
     def add(self, first: int, count: int) -> None:
@@ -130,31 +138,56 @@ class FramePool:
         the host allocates that much more than the guest's memory, where the tables lie is not public)."""
         usable = count - -(-_TABLE_BYTES_PER_PAGE * count // PAGE)
         if usable > 0:
-            self._runs.append((first, first + usable))
+            self._regions.append((first, usable))
+            self._free.add(first, first + usable)
             self.free += usable
 
+    def place_of(self, gfn: int) -> int | None:
+        """The frame at a guest page's own place; None beyond the private memory."""
+        for first, count in self._regions:
+            if gfn < count:
+                return first + gfn
+            gfn -= count
+        return None
+
+    def owns(self, first: int, count: int) -> bool:
+        """Whether all of these frames belong to the guest's private memory, in use or not."""
+        return any(start <= first and first + count <= start + size for start, size in self._regions)
+
+    def take_for(self, gfn: int) -> int:
+        """A frame for a guest page: the one at its place, or another. The caller has made sure that one is free."""
+        place = self.place_of(gfn)
+        if place is not None and self._free.covers(place, place + 1):
+            self._free.remove(place, place + 1)
+            self.free -= 1
+            return place
+        ((frame, _),) = self.take(1)
+        return frame
+
     def take(self, count: int) -> list[tuple[int, int]]:
-        """`count` frames as runs (first frame, frames). The caller has compared `count` with `free`."""
+        """`count` frames from the end, as runs (first frame, frames). The caller has compared `count` with `free`."""
         if count > self.free:
             raise ValueError(f"{count} frames asked for, {self.free} are free")
         self.free -= count
         runs: list[tuple[int, int]] = []
-        while count and self._runs:
-            first, stop = self._runs[0]
-            taken = min(count, stop - first)
-            runs.append((first, taken))
-            count -= taken
-            if first + taken == stop:
-                del self._runs[0]
-            else:
-                self._runs[0] = (first + taken, stop)
-        for _ in range(count):
-            runs.append((self._returned.pop(), 1))
+        while count:
+            start, stop = self._free.last()
+            first = max(start, stop - count)
+            self._free.remove(first, stop)
+            runs.append((first, stop - first))
+            count -= stop - first
         return runs
+
+    def withdraw(self, first: int, count: int) -> None:
+        """Those of these frames that are free are not given out any more."""
+        for start, stop in [found for found in self._free if found[0] < first + count and first < found[1]]:
+            low, high = max(start, first), min(stop, first + count)
+            self._free.remove(low, high)
+            self.free -= high - low
 
     def give_back(self, frame: int) -> None:
         """A frame is free again."""
-        self._returned.append(frame)
+        self._free.add(frame, frame + 1)
         self.free += 1
 
 

@@ -142,25 +142,29 @@ class SecureCallCommands(RtmrCommands, AttestationCommands):
         record.sent -= {first, second}  # their mappings are made anew, writable
         entry = table.entries.get(first)
         if entry is None:
-            frame = self.zeroed_frame(guest, record)
+            frame = self.private_frame(guest, record, first)
             if boot:
                 self.memory.write(frame * PAGE, PAGE_GUID, self.active_asid(guest))
         else:
             frame = entry.frame
         old = table.entries.get(second)
-        if old is not None and old.private and old.frame != frame:
+        if old is not None and old.private and old.frame != frame and record.placed_frame(second) is None:
             record.pool.give_back(old.frame)
         table.entries[first] = Mapping(frame, True, present=boot)
         table.entries[second] = Mapping(frame, True, present=not boot)
         record.pairs[first] = second
         record.pairs[second] = first
 
-    def zeroed_frame(self, guest: Guest, record: Csv3Guest) -> int:
-        """One frame of the guest's pool, zero under its key. RESOURCE_LIMIT when there is none."""
+    def private_frame(self, guest: Guest, record: Csv3Guest, gfn: int) -> int:
+        """The frame of a guest page that has none yet: of the guest's pool, zero under its key; RESOURCE_LIMIT when there is
+        none. Or the one that a memory controller has for it, which gives the page its zeros itself."""
+        placed = record.placed_frame(gfn)
+        if placed is not None:
+            return placed
         if record.pool.free < 1:
             self.refuse(FirmwareStatus.RESOURCE_LIMIT, f"guest {guest.handle} has no free private frame")
         asid = self.active_asid(guest)
-        ((frame, _),) = record.pool.take(1)
+        frame = record.pool.take_for(gfn)
         self.memory.write(frame * PAGE, bytes(PAGE), asid)
         return frame
 
@@ -232,6 +236,8 @@ class SecureCallCommands(RtmrCommands, AttestationCommands):
         """Moves a range to the other side. What was there is unmapped: its content is gone, as on the hardware, where the
         guest has to expect that."""
         table = record.table
+        if shared and record.placed:
+            raise _RefusedError(SecureCallAnswer.INTERNAL)  # that memory controller has all of the RAM under the guest's key
         if pages.stop - pages.first > len(table.entries):
             mapped = [gfn for gfn in table.entries if pages.first <= gfn < pages.stop]
         else:
@@ -284,6 +290,9 @@ class SecureCallCommands(RtmrCommands, AttestationCommands):
     def _private_span(self, record: Csv3Guest, gpa: int, length: int, *, write: bool) -> int:
         """The system address behind guest bytes that lie in one private page; INVALID_ADDRESS otherwise."""
         entry = record.table.entries.get(gpa // PAGE) if gpa < 1 << GPA_BITS else None
+        placed = record.placed_frame(gpa // PAGE)
+        if entry is None and placed is not None:
+            entry = record.table.entries[gpa // PAGE] = Mapping(placed, True)
         if entry is None or not entry.private or gpa % PAGE + length > PAGE or gpa // PAGE in record.pairs:
             raise _RefusedError(SecureCallAnswer.INVALID_ADDRESS)
         if write:

@@ -498,3 +498,23 @@ def test_frame_pool(regions: list[int], wanted: list[int]) -> None:
     assert len(set(taken)) == len(taken)
     assert set(taken) <= allowed
     assert pool.free == total - len(taken)
+
+
+def test_pages_get_the_frames_at_their_places() -> None:
+    pool = FramePool()
+    pool.add(1000, 100)
+    pool.add(5000, 100)
+    usable = pool.free // 2
+    assert [pool.place_of(gfn) for gfn in (0, usable - 1, usable, 2 * usable)] == [1000, 999 + usable, 5000, None]
+    assert pool.take(2) == [(4998 + usable, 2)], "what has no place comes from the end"
+    assert pool.take_for(7) == 1007
+    assert pool.take_for(7) == 4997 + usable, "its place is taken"
+    pool.give_back(1007)
+    assert pool.take_for(7) == 1007
+    free = pool.free
+    pool.withdraw(1000, 50)
+    assert pool.free == free - 49
+    assert pool.take_for(8) == 4996 + usable
+    assert pool.owns(1000, usable)
+    assert not pool.owns(1000, usable + 1)
+    assert not pool.owns(999, 2)
