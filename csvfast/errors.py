@@ -80,6 +80,7 @@ __all__ = [
     "FirmwareStatus",
     "FormatError",
     "ImageError",
+    "IntegrityError",
     "InternalError",
     "KernelError",
     "KeyExposureError",
@@ -331,6 +332,10 @@ class RegistryError(ImageError):
     def __init__(self, subject: str, problem: str, *, status: int = 0, code: str = "") -> None:
         self.status, self.code = status, code
         super().__init__(subject, problem)
+
+
+class IntegrityError(ImageError, AuthenticationError):
+    """A blob is not what its digest, its MAC or its size say: changed, cut off, or another one."""
 
 
 class ContainerError(CsvfastError):
