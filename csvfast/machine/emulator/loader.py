@@ -12,6 +12,7 @@ from csvfast.machine.emulator.window import EXECUTE, PAGE, READ, WRITE, Area
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from csvfast.machine.emulator.identity import Identity
     from csvfast.machine.emulator.window import AddressSpace
 
 __all__ = ["ProgramError", "load"]
@@ -29,8 +30,9 @@ class ProgramError(errors.ArgumentError):
 
 
 def load(
-    space: AddressSpace, file: int, name: str, arguments: Sequence[bytes], environment: Sequence[bytes]
-) -> tuple[int, int]:
+    space: AddressSpace, file: int, name: str, arguments: Sequence[bytes], environment: Sequence[bytes],
+    identity: Identity,
+) -> tuple[int, int]:  # fmt: skip
     """Loads a program into an empty address space.
 
     In: file   descriptor of the program; the space keeps copies of it
@@ -38,18 +40,19 @@ def load(
     Out: the entry's address and the stack pointer.
     Raises: ProgramError in one line for anything that is not such a program.
     """
-    head = os.pread(file, _HEADER.size, 0)
-    size = os.fstat(file).st_size
+    files = space.files
+    head = files.pread(file, _HEADER.size, 0)
+    size = files.file_size(file)
     if len(head) < _HEADER.size or head[:4] != b"\x7fELF":
         raise ProgramError(f"{name}: no ELF file")
-    identity, kind, machine, _, entry, table, _, _, _, step, count, *_ = _HEADER.unpack(head)
-    if identity[4] != 2 or identity[5] != 1 or machine != 62:
-        raise ProgramError(f"{name}: machine {machine}, class {identity[4]}; expected ELF64 for x86-64")
+    marks, kind, machine, _, entry, table, _, _, _, step, count, *_ = _HEADER.unpack(head)
+    if marks[4] != 2 or marks[5] != 1 or machine != 62:
+        raise ProgramError(f"{name}: machine {machine}, class {marks[4]}; expected ELF64 for x86-64")
     if kind not in (2, 3):
         raise ProgramError(f"{name}: ELF type {kind}; expected an executable (2 or 3)")
     if step != _SEGMENT.size or not 0 < count <= 128 or table + count * step > size:
         raise ProgramError(f"{name}: program headers ({count} of {step} bytes at {table:#x}) reach past the file")
-    segments = [_SEGMENT.unpack(os.pread(file, step, table + index * step)) for index in range(count)]
+    segments = [_SEGMENT.unpack(files.pread(file, step, table + index * step)) for index in range(count)]
     if any(segment[0] == _INTERPRETER for segment in segments):
         raise ProgramError(f"{name}: dynamically linked; expected a static program")
     loads = [segment for segment in segments if segment[0] == _LOAD]
@@ -68,17 +71,18 @@ def load(
         stop = (address + in_memory + PAGE - 1) & -PAGE
         if start < end:
             raise ProgramError(f"{name}: segments overlap or are not in order at {start:#x}")
-        space.map(Area(start, stop, rights, os.dup(file), offset & -PAGE, address - start + in_file))
+        space.map(Area(start, stop, rights, files.duplicate_host(file), offset & -PAGE, address - start + in_file))
         end = stop
     space.brk = space.brk_start = end + (PAGE << 4)
     if space.area(base + entry) is None:
         raise ProgramError(f"{name}: entry {entry:#x} lies in no segment")
     headers = next((base + s[3] + table - s[2] for s in loads if s[2] <= table < s[2] + s[5]), 0)
-    return base + entry, _stack(space, name, arguments, environment, (base + entry, headers, count))
+    return base + entry, _stack(space, name, arguments, environment, (base + entry, headers, count), identity)
 
 
 def _stack(
-    space: AddressSpace, name: str, arguments: Sequence[bytes], environment: Sequence[bytes], image: tuple[int, int, int]
+    space: AddressSpace, name: str, arguments: Sequence[bytes], environment: Sequence[bytes], image: tuple[int, int, int],
+    identity: Identity,
 ) -> int:
     space.map(Area(_STACK_TOP - _STACK_BYTES, _STACK_TOP, READ | WRITE))
     place = _STACK_TOP - 16
@@ -98,8 +102,9 @@ def _stack(
     random = put(os.urandom(16))
     entry, headers, count = image
     auxiliary = [
-        3, headers, 4, _SEGMENT.size, 5, count, 6, PAGE, 7, 0, 8, 0, 9, entry, 11, os.getuid(), 12, os.geteuid(),
-        13, os.getgid(), 14, os.getegid(), 15, platform, 16, 0x178BFBFF, 17, 100, 23, 0, 25, random, 26, 0, 31, run, 0, 0,
+        3, headers, 4, _SEGMENT.size, 5, count, 6, PAGE, 7, 0, 8, 0, 9, entry,
+        11, identity.users[0], 12, identity.users[1], 13, identity.members[0], 14, identity.members[1], 15, platform,
+        16, 0x178BFBFF, 17, 100, 23, 0, 25, random, 26, 0, 31, run, 0, 0,
     ]  # fmt: skip
     words = [len(arguments), *arguments_at, 0, *environment_at, 0, *auxiliary]
     place = (place & -16) - (len(words) * 8 + 15 & -16)

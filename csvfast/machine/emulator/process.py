@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from csvfast.machine.emulator.files import Files
     from csvfast.machine.emulator.frames import Frames
+    from csvfast.machine.emulator.identity import Identity
     from csvfast.memory import EncryptedMemory
 
 __all__ = ["Ended", "Process", "UnsupportedCall"]
@@ -69,16 +70,22 @@ class Process:
 
     In: instructions   limit of each stretch between two forks or programs; None = none
         deadline       of time.monotonic(); None = none
+        identity       None = the host's user
+        hostname       None = the host's
     """
 
     def __init__(
         self, memory: EncryptedMemory, asid: int, frames: Frames, window: int, files: Files, *,
-        instructions: int | None = None, deadline: float | None = None,
+        instructions: int | None = None, deadline: float | None = None, identity: Identity | None = None,
+        hostname: str | None = None,
     ) -> None:  # fmt: skip
         from csvfast.machine.emulator import syscalls
+        from csvfast.machine.emulator.identity import Identity
 
-        self.space = AddressSpace(memory, asid, frames, window)
+        self.space = AddressSpace(memory, asid, frames, window, files)
         self.frames, self.files = frames, files
+        self.identity = Identity() if identity is None else identity
+        self.hostname = hostname
         self.instructions, self.deadline = instructions, deadline
         self.actions: dict[int, tuple[int, int, int, int]] = {}
         self.mask = 0
@@ -102,7 +109,7 @@ class Process:
         """Replaces the process's program. Raises ProgramError."""
         self.space.uc = None
         self.space.clear()
-        entry, stack = load(self.space, file, name, arguments, environment)
+        entry, stack = load(self.space, file, name, arguments, environment, self.identity)
         self.name = name
         uc: Any = Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)  # type: ignore[no-untyped-call]
         self.uc = uc

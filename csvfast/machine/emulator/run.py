@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from csvfast import errors
 from csvfast.machine.emulator.files import Files
 from csvfast.machine.emulator.frames import Frames
+from csvfast.machine.emulator.identity import Identity
 from csvfast.machine.emulator.process import Process
+from csvfast.machine.emulator.tree import EncryptedTree
 from csvfast.memory import EncryptedMemory
 
 if TYPE_CHECKING:
@@ -44,9 +46,12 @@ def run_program(
     program: str,
     arguments: Sequence[str] = (),
     *,
-    root: str | os.PathLike[str] = "/",
+    root: str | os.PathLike[str] | EncryptedTree = "/",
     environment: Mapping[str, str] | None = None,
     directory: str = "/",
+    user: tuple[int, int] | None = None,
+    groups: Sequence[int] = (),
+    hostname: str | None = None,
     memory: int = 256 << 20,
     window: int = 256 << 10,
     dram: str | os.PathLike[str] | None = None,
@@ -59,9 +64,14 @@ def run_program(
 
     In: program    path below `root`
         arguments  without the program's name
-        root       directory that the program sees as "/"; it reaches nothing outside, by no link
+        root       directory that the program sees as "/"; it reaches nothing outside, by no link. With an EncryptedTree
+                   what it reads and writes below it is ciphertext on the host
         environment  None = PATH alone
         directory  working directory, below root
+        user       user and group that the program sees; it changes no right, and files of the host's user show as user 0's;
+                   None = the host's own
+        groups     with `user`: its other groups
+        hostname   None = the host's
         memory     bytes of DRAM for all processes together, a multiple of 4096
         window     bytes that one process has decrypted at once, a multiple of 4096, at least 65536
         dram       file that is the DRAM, made with `memory` bytes, kept afterwards; None = memory of its own
@@ -86,7 +96,7 @@ def run_program(
         engine.install(_ASID)
         frames = Frames(memory // 4096)
         stack.callback(frames.close)
-        files = Files(os.fspath(root))
+        files = Files(root if isinstance(root, EncryptedTree) else os.fspath(root))
         stack.callback(os.close, files.root)
         for number in (0, 1, 2):  # numbers of the guest's own: closing them closes nothing of the host's
             with contextlib.suppress(OSError):
@@ -96,7 +106,10 @@ def run_program(
         before = {number: signal.getsignal(number) for number in range(1, 32) if number not in (9, 19)}
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        process = Process(engine, _ASID, frames, window, files, instructions=instructions, deadline=deadline)
+        process = Process(
+            engine, _ASID, frames, window, files, instructions=instructions, deadline=deadline,
+            identity=Identity(user, groups), hostname=hostname,
+        )  # fmt: skip
         try:
             file = files.open(files.absolute(-100, os.fsencode(program)), os.O_RDONLY)
             try:
@@ -106,7 +119,7 @@ def run_program(
                     [os.fsencode(f"{name}={value}") for name, value in settings.items()],
                 )  # fmt: skip
             finally:
-                os.close(file)
+                files.close_host(file)
             code = process.run()
         finally:
             if process.first:

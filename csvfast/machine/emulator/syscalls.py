@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from csvfast.machine.emulator import syscalls_files, syscalls_memory, syscalls_names, syscalls_process
+from csvfast.machine.emulator import identity, syscalls_files, syscalls_memory, syscalls_names, syscalls_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,4 +16,5 @@ TABLE: Final[dict[int, Callable[..., int | None]]] = {
     **syscalls_names.CALLS,
     **syscalls_memory.CALLS,
     **syscalls_process.CALLS,
+    **identity.CALLS,
 }

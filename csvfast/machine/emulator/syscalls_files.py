@@ -38,9 +38,17 @@ def number_of(value: int) -> int:
 
 
 def _take(process: Process, host: int, length: int) -> bytes:
+    if host in process.files.contents:
+        return process.files.read(host, min(length, _BULK))
     buffer = bytearray(min(length, _BULK))
     done = process.waiting(LIBC.read, host, (ctypes.c_char * len(buffer)).from_buffer(buffer), len(buffer))
     return bytes(memoryview(buffer)[:done])
+
+
+def _put(process: Process, host: int, data: bytes) -> int:
+    if host in process.files.contents:
+        return process.files.write(host, data)
+    return process.waiting(LIBC.write, host, data, len(data))
 
 
 def _read(process: Process, number: int, address: int, length: int, *_: int) -> int:
@@ -53,18 +61,18 @@ def _read(process: Process, number: int, address: int, length: int, *_: int) -> 
 def _write(process: Process, number: int, address: int, length: int, *_: int) -> int:
     host = process.files.host(number_of(number))
     data = process.space.read(address, min(length, _BULK))
-    return process.waiting(LIBC.write, host, bytes(data), len(data))
+    return _put(process, host, bytes(data))
 
 
 def _pread(process: Process, number: int, address: int, length: int, offset: int, *_: int) -> int:
-    data = os.pread(process.files.host(number_of(number)), min(length, _BULK), signed(offset))
+    data = process.files.pread(process.files.host(number_of(number)), min(length, _BULK), signed(offset))
     process.space.write(address, data)
     return len(data)
 
 
 def _pwrite(process: Process, number: int, address: int, length: int, offset: int, *_: int) -> int:
     data = process.space.read(address, min(length, _BULK))
-    return os.pwrite(process.files.host(number_of(number)), data, signed(offset))
+    return process.files.pwrite(process.files.host(number_of(number)), bytes(data), signed(offset))
 
 
 def _vectors(process: Process, address: int, count: int) -> list[tuple[int, int]]:
@@ -91,7 +99,7 @@ def _writev(process: Process, number: int, address: int, count: int, *_: int) ->
     data = bytearray()
     for start, length in _vectors(process, address, count):
         data += process.space.read(start, min(length, _BULK - len(data)))
-    return process.waiting(LIBC.write, host, bytes(data), len(data))
+    return _put(process, host, bytes(data))
 
 
 def _close(process: Process, number: int, *_: int) -> int:
@@ -100,11 +108,11 @@ def _close(process: Process, number: int, *_: int) -> int:
 
 
 def _lseek(process: Process, number: int, offset: int, whence: int, *_: int) -> int:
-    return os.lseek(process.files.host(number_of(number)), signed(offset), whence & 0xFFFFFFFF)
+    return process.files.seek(process.files.host(number_of(number)), signed(offset), whence & 0xFFFFFFFF)
 
 
 def _dup(process: Process, number: int, *_: int) -> int:
-    return process.files.add(os.dup(process.files.host(number_of(number))))
+    return process.files.add(process.files.duplicate_host(process.files.host(number_of(number))))
 
 
 def _dup2(process: Process, old: int, new: int, *_: int) -> int:
@@ -139,15 +147,20 @@ def _fcntl(process: Process, number: int, command: int, argument: int, *_: int) 
     if command in (0, 1030):  # F_DUPFD, F_DUPFD_CLOEXEC
         if not 0 <= signed(argument) < 1024:
             raise OSError(errno.EINVAL, "fcntl")
-        return files.add(os.dup(host), least=argument, close_on_exec=command == 1030)
+        return files.add(files.duplicate_host(host), least=argument, close_on_exec=command == 1030)
     if command == 1:
         return int(number in files.close_on_exec)
     if command == 2:
         (files.close_on_exec.add if argument & 1 else files.close_on_exec.discard)(number)
         return 0
+    opened = files.contents.get(host)
     if command == 3:
-        return fcntl.fcntl(host, fcntl.F_GETFL)
+        flags = fcntl.fcntl(host, fcntl.F_GETFL)
+        return flags if opened is None else flags & ~os.O_ACCMODE | opened.access | (os.O_APPEND if opened.append else 0)
     if command == 4:
+        if opened is not None:
+            opened.append = bool(argument & os.O_APPEND)
+            return 0
         return fcntl.fcntl(host, fcntl.F_SETFL, argument & (os.O_NONBLOCK | os.O_APPEND))
     if command in (5, 6, 7):  # locks
         answer = fcntl.fcntl(host, command, process.space.read(argument, 32))
@@ -172,7 +185,7 @@ def _ioctl(process: Process, number: int, request: int, address: int, *_: int) -
 
 
 def _ftruncate(process: Process, number: int, length: int, *_: int) -> int:
-    os.ftruncate(process.files.host(number_of(number)), signed(length))
+    process.files.truncate(process.files.host(number_of(number)), signed(length))
     return 0
 
 
@@ -187,18 +200,19 @@ def _flock(process: Process, number: int, operation: int, *_: int) -> int:
 
 
 def _sendfile(process: Process, out: int, source: int, offset: int, length: int, *_: int) -> int:
+    files = process.files
+    host, target = files.host(number_of(source)), files.host(number_of(out))
+    if not stat.S_ISREG(os.fstat(host).st_mode):
+        raise OSError(errno.EINVAL, "sendfile")
     if offset:
         (place,) = struct.unpack("<q", process.space.read(offset, 8))
-        data = os.pread(process.files.host(number_of(source)), min(length, _BULK), place)
-        done = os.write(process.files.host(number_of(out)), data)
+        done = _put(process, target, files.pread(host, min(length, _BULK), place))
         process.space.write(offset, struct.pack("<q", place + done))
         return done
-    if not stat.S_ISREG(os.fstat(process.files.host(number_of(source))).st_mode):
-        raise OSError(errno.EINVAL, "sendfile")
-    data = os.read(process.files.host(number_of(source)), min(length, _BULK))
+    data = _take(process, host, length)
     done = 0
     while done < len(data):
-        done += os.write(process.files.host(number_of(out)), data[done:])
+        done += _put(process, target, data[done:])
     return done
 
 

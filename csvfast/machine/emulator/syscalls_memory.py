@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 from csvfast.machine.emulator.window import PAGE, READ, TOP, WRITE, Area
@@ -63,8 +62,8 @@ def _mmap(process: Process, address: int, length: int, rights: int, flags: int, 
         if flags & _SHARED and rights & WRITE:
             raise OSError(errno.ENODEV, "shared writable mappings of files are not supported")
         host = process.files.host(number & 0xFFFFFFFF)
-        limit = max(min(length, os.fstat(host).st_size - offset), 0)
-        file = os.dup(host)
+        limit = max(min(length, process.files.file_size(host) - offset), 0)
+        file = process.files.duplicate_host(host)
     if flags & (_FIXED | _NO_REPLACE):
         end = _range(address, length)
         if flags & _NO_REPLACE and any(area.start < end and area.end > address for area in space.areas):

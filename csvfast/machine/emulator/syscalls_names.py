@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
 from typing import TYPE_CHECKING, Any, Final
@@ -39,13 +40,16 @@ def _creat(process: Process, address: int, mode: int, *_: int) -> int:
     return _openat(process, AT_FDCWD, address, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
 
 
-def _put_status(process: Process, address: int, status: os.stat_result) -> int:
+def _put_status(process: Process, address: int, status: os.stat_result, *, size: int | None = None) -> int:
+    if size is None:
+        size = process.files.size(status)
+    user, group = process.identity.shown(status.st_uid, status.st_gid)
     times: list[int] = []
     for value in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns):
         times += divmod(value, 10**9)
     process.space.write(address, struct.pack(
-        "<QQQIIIIQqqq6q24x", status.st_dev, status.st_ino, status.st_nlink, status.st_mode, status.st_uid, status.st_gid,
-        0, status.st_rdev, status.st_size, status.st_blksize, status.st_blocks, *times,
+        "<QQQIIIIQqqq6q24x", status.st_dev, status.st_ino, status.st_nlink, status.st_mode, user, group,
+        0, status.st_rdev, size, status.st_blksize, status.st_blocks, *times,
     ))  # fmt: skip
     return 0
 
@@ -69,7 +73,10 @@ def _lstat(process: Process, path: int, address: int, *_: int) -> int:
 
 
 def _fstat(process: Process, number: int, address: int, *_: int) -> int:
-    return _put_status(process, address, os.fstat(process.files.host(number_of(number))))
+    host = process.files.host(number_of(number))
+    status = os.fstat(host)
+    below = host in process.files.contents or fcntl.fcntl(host, fcntl.F_GETFL) & os.O_PATH
+    return _put_status(process, address, status, size=None if below else status.st_size)
 
 
 def _fstatat(process: Process, directory: int, path: int, address: int, flags: int, *_: int) -> int:
@@ -235,7 +242,7 @@ def _fchmod(process: Process, number: int, mode: int, *_: int) -> int:
 
 def _chownat(process: Process, directory: int, path: int, user: int, group: int, flags: int, *_: int) -> int:
     with process.files.at(_path(process, directory, path), follow=not flags & _NOFOLLOW) as host:
-        os.chown(f"/proc/self/fd/{host}", signed(user, 32), signed(group, 32))
+        os.chown(f"/proc/self/fd/{host}", *process.identity.meant(signed(user, 32), signed(group, 32)))
     return 0
 
 
@@ -244,16 +251,16 @@ def _chown(process: Process, path: int, user: int, group: int, *_: int) -> int:
 
 
 def _fchown(process: Process, number: int, user: int, group: int, *_: int) -> int:
-    os.fchown(process.files.host(number_of(number)), signed(user, 32), signed(group, 32))
+    os.fchown(process.files.host(number_of(number)), *process.identity.meant(signed(user, 32), signed(group, 32)))
     return 0
 
 
 def _truncate(process: Process, path: int, length: int, *_: int) -> int:
     host = process.files.open(_path(process, AT_FDCWD, path), os.O_WRONLY)
     try:
-        os.ftruncate(host, signed(length))
+        process.files.truncate(host, signed(length))
     finally:
-        os.close(host)
+        process.files.close_host(host)
     return 0
 
 

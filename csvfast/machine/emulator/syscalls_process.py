@@ -83,15 +83,15 @@ def _execve(process: Process, path: int, arguments: int, environment: int, *_: i
         try:
             if not os.access(f"/proc/self/fd/{file}", os.X_OK) or stat.S_ISDIR(os.fstat(file).st_mode):
                 raise OSError(errno.EACCES, "not executable")
-            head = os.pread(file, 256, 0)
+            head = process.files.pread(file, 256, 0)
             if head[:4] == b"\x7fELF":
                 break
             if head[:2] != b"#!":
                 raise OSError(errno.ENOEXEC, "no program")
         except BaseException:
-            os.close(file)
+            process.files.close_host(file)
             raise
-        os.close(file)
+        process.files.close_host(file)
         line = head[2:].split(b"\n")[0].strip().split(None, 1)
         if not line:
             raise OSError(errno.ENOEXEC, "no interpreter")
@@ -104,7 +104,7 @@ def _execve(process: Process, path: int, arguments: int, environment: int, *_: i
         try:
             process.execute(file, os.fsdecode(process.files.absolute(AT_FDCWD, where)), words, settings)
         finally:
-            os.close(file)
+            process.files.close_host(file)
         process.files.executed()
 
     process.todo = replace
@@ -293,7 +293,8 @@ def _arch_prctl(process: Process, code: int, address: int, *_: int) -> int:
 
 def _uname(process: Process, address: int, *_: int) -> int:
     found = os.uname()
-    fields = (found.sysname, found.nodename, found.release, found.version, "x86_64", "")
+    name = found.nodename if process.hostname is None else process.hostname
+    fields = (found.sysname, name, found.release, found.version, "x86_64", "")
     process.space.write(address, b"".join(os.fsencode(field)[:64].ljust(65, b"\0") for field in fields))
     return 0
 
@@ -347,21 +348,6 @@ def _setpgid(_process: Process, number: int, group: int, *_: int) -> int:
     return 0
 
 
-def _getgroups(process: Process, count: int, address: int, *_: int) -> int:
-    groups = os.getgroups()
-    if number_of(count):
-        if number_of(count) < len(groups):
-            raise OSError(errno.EINVAL, "groups")
-        process.space.write(address, struct.pack(f"<{len(groups)}I", *groups))
-    return len(groups)
-
-
-def _triple(process: Process, values: tuple[int, int, int], addresses: tuple[int, ...]) -> int:
-    for value, address in zip(values, addresses, strict=False):
-        process.space.write(address, struct.pack("<I", value))
-    return 0
-
-
 def _nothing(_process: Process, *_: int) -> int:
     return 0
 
@@ -373,11 +359,8 @@ def _missing(_process: Process, *_: int) -> int:
 CALLS: Final[dict[int, Callable[..., Any]]] = {
     13: _sigaction, 14: _sigprocmask, 15: _sigreturn, 24: _nothing, 34: _pause, 35: _nanosleep, 37: _alarm, 38: _setitimer,
     39: lambda *_: os.getpid(), 56: _clone, 57: _fork, 58: _fork, 59: _execve, 60: _exit, 61: _wait4, 62: _kill, 63: _uname,
-    96: _gettimeofday, 97: _getrlimit, 98: _getrusage, 99: _sysinfo, 100: _times, 102: lambda *_: os.getuid(),
-    104: lambda *_: os.getgid(), 107: lambda *_: os.geteuid(), 108: lambda *_: os.getegid(), 109: _setpgid,
-    110: lambda *_: os.getppid(), 111: lambda *_: os.getpgrp(), 112: lambda *_: os.setsid(), 115: _getgroups,
-    118: lambda process, *addresses: _triple(process, os.getresuid(), addresses),
-    120: lambda process, *addresses: _triple(process, os.getresgid(), addresses),
+    96: _gettimeofday, 97: _getrlimit, 98: _getrusage, 99: _sysinfo, 100: _times, 109: _setpgid,
+    110: lambda *_: os.getppid(), 111: lambda *_: os.getpgrp(), 112: lambda *_: os.setsid(),
     121: _getpgid, 124: lambda _process, number, *_: os.getsid(number_of(number)), 130: _sigsuspend, 131: _nothing,
     157: _nothing, 158: _arch_prctl, 186: lambda *_: os.getpid(), 200: _tkill, 201: _time, 202: _futex, 204: _affinity,
     218: lambda *_: os.getpid(), 228: _clock_gettime, 229: _clock_getres, 230: _clock_nanosleep, 231: _exit, 234: _tgkill,

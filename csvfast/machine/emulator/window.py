@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-import os
 from bisect import bisect_right
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +20,7 @@ from unicorn import unicorn_const as constants
 from csvfast import errors
 
 if TYPE_CHECKING:
+    from csvfast.machine.emulator.files import Files
     from csvfast.machine.emulator.frames import Frames
     from csvfast.memory import EncryptedMemory
 
@@ -72,14 +72,15 @@ class AddressSpace:
     In: memory   the DRAM; `asid` has a key in it
         frames   allocator of its frames
         window   bytes of the window, a multiple of 4096, at least 64 KiB
+        files    what areas of files are read through
 
     Raises: ArgumentError. PageFault of a guest is told by fault() returning no slot. One thread.
     """
 
-    def __init__(self, memory: EncryptedMemory, asid: int, frames: Frames, window: int) -> None:
+    def __init__(self, memory: EncryptedMemory, asid: int, frames: Frames, window: int, files: Files) -> None:
         if window % PAGE or window < 16 * PAGE:
             raise errors.ArgumentError(f"window has {window} bytes; expected a multiple of 4096, at least 65536")
-        self.memory, self.asid, self.frames = memory, asid, frames
+        self.memory, self.asid, self.frames, self.files = memory, asid, frames, files
         self._first = memory.base_address // PAGE
         self._slots = window // PAGE
         self._buffer = mmap.mmap(-1, window, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -98,7 +99,7 @@ class AddressSpace:
         if hasattr(self, "pages"):
             self.frames.give([page.frame for page in self.pages.values() if page.frame >= 0])
             for file in {area.file for area in self.areas if area.file >= 0}:
-                os.close(file)
+                self.files.close_host(file)
         self.areas: list[Area] = []
         self._starts: list[int] = []
         self.pages: dict[int, _Page] = {}
@@ -180,7 +181,7 @@ class AddressSpace:
                 gone = (page.number << 12) - area.start
                 length = min(PAGE, area.limit - gone)
                 if length > 0:
-                    data = os.pread(area.file, length, area.offset + gone)
+                    data = self.files.pread(area.file, length, area.offset + gone)
                     view[: len(data)] = data
             page.dirty = True
         page.slot = slot
@@ -345,11 +346,10 @@ class AddressSpace:
             return [page for number, page in self.pages.items() if first <= number < last]
         return [self.pages[number] for number in range(first, last) if number in self.pages]
 
-    @staticmethod
-    def _close(area: Area, kept: list[Area]) -> None:
+    def _close(self, area: Area, kept: list[Area]) -> None:
         if area.file >= 0 and all(other.file != area.file for other in kept):
             with suppress(OSError):
-                os.close(area.file)
+                self.files.close_host(area.file)
 
     # ---- The kernel's own accesses
 
