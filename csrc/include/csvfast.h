@@ -158,6 +158,13 @@ CSVF_API void csvf_sm3_digest(uint8_t digest[32], const void *data, size_t lengt
  * PURE. */
 CSVF_API void csvf_sm3_many(uint8_t *digests, const uint8_t *const *data, const size_t *lengths, size_t count);
 
+/* Many independent streams, each continued with bytes of its own, in vector lanes: as csvf_sm3_update for every one of them.
+ *   InOut: streams count different streams
+ *   In:    data    count pointers (one may be NULL where its length is 0)
+ *          lengths count lengths in bytes; the lanes are fullest where they are much alike
+ * PER-OBJECT: all of them are used by the calling thread alone. */
+CSVF_API void csvf_sm3_update_many(csvf_sm3 *const *streams, const uint8_t *const *data, const size_t *lengths, size_t count);
+
 /* SM3 of count consecutive blocks of block_length bytes, each preceded by the same prefix (the salt of dm-verity version 1):
  * digest i = SM3(prefix || block i).
  *   Out: digests   32 * count bytes, not overlapping the input

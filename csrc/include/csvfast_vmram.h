@@ -32,7 +32,8 @@ typedef struct csvf_vmram_config {
     size_t window_size;         /* bytes of plaintext at most, a multiple of 4096, at least CSVF_VMRAM_WINDOW_MIN; more than the memory = all of it */
     void *at;                   /* NULL = anywhere; otherwise this page-aligned range is replaced, as by MAP_FIXED */
     uint32_t threads;           /* fault threads, 1 .. CSVF_VMRAM_THREADS_MAX; default 2 */
-    uint32_t read_ahead;        /* pages fetched at most by a fault that continues a run; default 8, 1 = none, at most CSVF_VMRAM_READ_AHEAD_MAX */
+    uint32_t read_ahead;        /* pages fetched at most by a fault that continues a run, upwards or downwards (four times as many if they
+                                 * were never written); default 8, 1 = none, at most CSVF_VMRAM_READ_AHEAD_MAX */
     csvf_vmram_report *report;  /* NULL = nobody is told */
     void *report_context;
 } csvf_vmram_config;

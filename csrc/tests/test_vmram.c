@@ -281,6 +281,52 @@ static void untouched(void)
     close(fd);
 }
 
+/* First touches of memory that was never written, upwards and downwards: few faults; what nobody wrote to stays out of the DRAM. */
+static void first_touches(void)
+{
+    const size_t size = 16 * mib, pages = size / PAGE, used = 601;
+    const int fd = make_file(size);
+    csvf_vmram *vmram = make(fd, size, mib);
+    uint8_t *ram = csvf_vmram_memory(vmram);
+    for (size_t i = 0; i < used; i++)
+        ram[i * PAGE + i % PAGE] = (uint8_t)(i | 1);
+    for (size_t i = 0; i < used; i++)
+        ram[(pages - 1 - i) * PAGE + 7] = (uint8_t)(i | 1);
+    CHECK(stats_of(vmram).faults < 2 * used / 16);
+    CHECK(stats_of(vmram).resident_peak <= mib);
+    /* Everything leaves the window. */
+    unsigned sum = 0;
+    for (size_t at = 4 * mib; at < 12 * mib; at += PAGE)
+        sum |= ram[at];
+    CHECK(sum == 0);
+    CHECK(stats_of(vmram).bytes_encrypted == 2 * used * PAGE);
+    struct stat about;
+    CHECK(fstat(fd, &about) == 0 && (size_t)about.st_blocks * 512 == 2 * used * PAGE);
+    for (size_t i = 0; i < used; i++) {
+        CHECK(ram[i * PAGE + i % PAGE] == (uint8_t)(i | 1) && ram[(pages - 1 - i) * PAGE + 7] == (uint8_t)(i | 1));
+        CHECK(ram[i * PAGE + (i + 1) % PAGE] == 0 && ram[(pages - 1 - i) * PAGE] == 0);
+    }
+    /* Beyond both ends, where pages were given ahead and left as zeros: they are zeros again, and can be written. */
+    for (size_t i = used; i < used + 64; i++)
+        CHECK(ram[i * PAGE] == 0 && ram[(pages - 1 - i) * PAGE] == 0);
+    for (size_t i = used; i < used + 64; i++)
+        ram[i * PAGE] = 77;
+    for (size_t at = 4 * mib; at < 12 * mib; at += PAGE)
+        sum |= ram[at];
+    for (size_t i = used; i < used + 64; i++)
+        CHECK(ram[i * PAGE] == 77);
+    /* A page that is in the DRAM and becomes zeros is stored as such. */
+    for (size_t i = 0; i < used; i++)
+        ram[i * PAGE + i % PAGE] = 0;
+    for (size_t at = 4 * mib; at < 12 * mib; at += PAGE)
+        sum |= ram[at];
+    for (size_t i = 0; i < used; i++)
+        CHECK(ram[i * PAGE + i % PAGE] == 0);
+    CHECK(sum == 0);
+    csvf_vmram_destroy(vmram);
+    close(fd);
+}
+
 static void dirty_pages_only_and_read_ahead(void)
 {
     const size_t size = 4 * mib;
@@ -790,6 +836,7 @@ int main(void)
     RUN(shadow_copy);
     RUN(kernel_access);
     RUN(untouched);
+    RUN(first_touches);
     RUN(dirty_pages_only_and_read_ahead);
     RUN(pattern_never_in_dram);
     RUN(altered_dram);

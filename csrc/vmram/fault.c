@@ -15,28 +15,32 @@ enum {
     CHECK_MILLISECONDS = 500
 };
 
-/* How many pages to fetch from `page` on: more each time a fault continues a run of faults before. */
-static uint32_t length_of_fetch(csvf_vmram *vmram, uint32_t page, int is_write, uint32_t room)
+/* Which pages to fetch for a fault of `page`: more each time a fault continues a run of faults before, upwards or downwards.
+ * Returns: how many, from *first on; `page` is among them. */
+static uint32_t choose_fetch(csvf_vmram *vmram, uint32_t page, uint32_t room, uint32_t *first)
 {
     csvf__stream *stream = vmram->streams;
-    while (stream < vmram->streams + CSVF__STREAMS && (stream->next != page || page == 0))
+    while (stream < vmram->streams + CSVF__STREAMS && ((stream->next != page && stream->before != page) || page == 0))
         stream++;
-    if (stream == vmram->streams + CSVF__STREAMS) {
+    const int is_known = stream < vmram->streams + CSVF__STREAMS, is_downward = is_known && stream->before == page;
+    const csvf__page *pages = vmram->pages;
+    const uint32_t most = pages[page].is_written ? vmram->read_ahead : vmram->zero_ahead;
+    if (!is_known) {
         stream = &vmram->streams[vmram->oldest_stream++ % CSVF__STREAMS];
         stream->length = 1;
     } else {
-        stream->length = stream->length * 2 < vmram->read_ahead ? stream->length * 2 : vmram->read_ahead;
+        stream->length = stream->length * 2 < most ? stream->length * 2 : most;
     }
-    const csvf__page *pages = vmram->pages;
-    uint32_t wanted = stream->length < room ? stream->length : room;
-    /* Pages ahead of a writer are open to it and count as changed. One that was never written stays out of the DRAM until it is. */
-    if (is_write && !pages[page].is_written)
-        wanted = 1;
+    const uint32_t wanted = stream->length < room ? stream->length : room;
+    const uint32_t limit = is_downward ? page + 1 : vmram->page_count - page;   /* pages there are on that side */
+    const uint32_t step = is_downward ? UINT32_MAX : 1;                        /* -1 or 1, modulo 2^32 */
     uint32_t count = 1;
-    while (count < wanted && page + count < vmram->page_count && pages[page + count].state == CSVF__ABSENT &&
-           pages[page + count].is_written == pages[page].is_written)
+    while (count < wanted && count < limit && pages[page + step * count].state == CSVF__ABSENT &&
+           pages[page + step * count].is_written == pages[page].is_written)
         count++;
-    stream->next = page + count;
+    *first = is_downward ? page - count + 1 : page;
+    stream->next = *first + count;
+    stream->before = *first - 1;    /* no page's number if *first is 0 */
     return count;
 }
 
@@ -50,8 +54,9 @@ static uint32_t find_room(csvf_vmram *vmram, csvf__hands *hands)
     return 0;
 }
 
-/* Fetches pages first .. first + count, which are ABSENT, into room that is there. */
-static void fetch(csvf_vmram *vmram, csvf__hands *hands, uint32_t first, uint32_t count, int is_write)
+/* Fetches pages first .. first + count, which are ABSENT, into room that is there. `page` is the one that was asked for; those around
+ * it are open to a writer as it is, and count as changed. */
+static void fetch(csvf_vmram *vmram, csvf__hands *hands, uint32_t page, uint32_t first, uint32_t count, int is_write)
 {
     csvf__page *pages = vmram->pages + first;
     const int is_written = pages->is_written;
@@ -76,6 +81,7 @@ static void fetch(csvf_vmram *vmram, csvf__hands *hands, uint32_t first, uint32_
     pthread_mutex_lock(&vmram->lock);
     for (uint32_t i = 0; i < count; i++) {
         csvf__window_enter(vmram, first + i, is_write ? CSVF__DIRTY : CSVF__CLEAN);
+        pages[i].is_ahead = is_write && !is_written && first + i != page;
         if (pages[i].is_awaited) {
             pages[i].is_awaited = 0;
             csvf__userfault_wake(vmram, first + i, 1);
@@ -123,7 +129,9 @@ static void serve_missing(csvf_vmram *vmram, csvf__hands *hands, uint32_t page, 
         if (room == 0)
             continue;
         vmram->stats.faults++;
-        fetch(vmram, hands, page, length_of_fetch(vmram, page, is_write, room), is_write);
+        uint32_t first;
+        const uint32_t count = choose_fetch(vmram, page, room, &first);
+        fetch(vmram, hands, page, first, count, is_write);
         return;
     }
     if (csvf__failure(vmram))

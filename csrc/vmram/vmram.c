@@ -13,7 +13,11 @@
 
 #include "vmram.h"
 
-enum { THREADS_DEFAULT = 2, READ_AHEAD_DEFAULT = 8 };
+enum {
+    THREADS_DEFAULT = 2,
+    READ_AHEAD_DEFAULT = 8,
+    ZEROS_AHEAD = 4     /* zeros need no SM4: so many times as many pages at once */
+};
 
 void csvf__quiesce(csvf_vmram *vmram)
 {
@@ -211,6 +215,10 @@ int csvf_vmram_create(csvf_vmram **result, csvf_engine *engine, uint32_t asid, i
     /* Neither read-ahead nor eviction may turn over much of a small window at once. */
     const uint32_t share = vmram->window / 8 ? vmram->window / 8 : 1;
     vmram->read_ahead = settings.read_ahead < share ? settings.read_ahead : share;
+    const uint32_t zeros = settings.read_ahead == 1 ? 1 : settings.read_ahead * ZEROS_AHEAD;
+    vmram->zero_ahead = zeros < CSVF_VMRAM_READ_AHEAD_MAX ? zeros : CSVF_VMRAM_READ_AHEAD_MAX;
+    if (vmram->zero_ahead > share)
+        vmram->zero_ahead = share;
     vmram->batch = CSVF__BATCH_MAX < share ? CSVF__BATCH_MAX : share;
     vmram->report = settings.report;
     vmram->report_context = settings.report_context;

@@ -30,7 +30,8 @@ typedef struct csvf__page {
     uint32_t memo;              /* in the window: its slot of the clock; absent: `departures` when it left */
     uint8_t state;
     uint8_t is_written;         /* its content is in the DRAM, or belongs there */
-    uint8_t is_awaited;
+    uint8_t is_awaited : 1;
+    uint8_t is_ahead : 1;       /* never written, and given before anybody asked, open to a writer: zeros, unless somebody wrote */
     uint8_t credit;             /* turns of the clock it is spared */
 } csvf__page;
 
@@ -43,7 +44,7 @@ typedef struct csvf__hands {
 } csvf__hands;
 
 typedef struct csvf__stream {
-    uint32_t next, length;      /* the page that continues it; pages fetched last */
+    uint32_t next, before, length;  /* pages that continue it upwards and downwards; pages fetched last */
 } csvf__stream;
 
 struct csvf_vmram {
@@ -62,7 +63,7 @@ struct csvf_vmram {
     int is_placed;              /* at the caller's address */
     int userfault, stop, self;  /* self: pidfd of this process, or -1 */
     _Atomic int is_vector_refused;  /* process_madvise does not drop pages here */
-    uint32_t read_ahead, batch;
+    uint32_t read_ahead, zero_ahead, batch;
     csvf_vmram_report *report;
     void *report_context;
 

@@ -43,7 +43,8 @@ static void leave(csvf_vmram *vmram, uint32_t page)
 
 typedef struct victim {
     uint32_t page;
-    int is_dirty;
+    uint8_t is_dirty;       /* to be stored; once it is known, whether it was */
+    uint8_t may_be_zeros;   /* given ahead: if nobody has written to it, it need not be stored */
 } victim;
 
 static int by_page(const void *a, const void *b)
@@ -69,7 +70,7 @@ static uint32_t choose(csvf_vmram *vmram, victim *victims, uint32_t most)
             about->credit--;
             continue;
         }
-        victims[count++] = (victim){entry - 1, about->state == CSVF__DIRTY};
+        victims[count++] = (victim){entry - 1, about->state == CSVF__DIRTY, about->is_ahead && !about->is_written};
         about->state = CSVF__EVICTING;
     }
     qsort(victims, count, sizeof *victims, by_page);
@@ -130,8 +131,38 @@ static int take(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, ui
     return 0;
 }
 
+/* All of the page is looked at, whatever is in it. What comes out is no secret: the DRAM's holes tell it. */
+static int is_zeros(const uint8_t *page)
+{
+    uint64_t found = 0, word;
+    for (size_t i = 0; i < CSVF_PAGE_BYTES; i += sizeof word) {
+        memcpy(&word, page + i, sizeof word);
+        found |= word;
+    }
+    return found == 0;
+}
+
+/* Ciphertext of a run of changed pages into the DRAM, from where nobody writes any more. Pages given ahead that still are zeros stay
+ * as they were, never written. */
+static int store_run(csvf_vmram *vmram, uint8_t *ciphertext, const uint8_t *plain, victim *victims, uint32_t run)
+{
+    int status = CSVF_OK;
+    for (uint32_t i = 0; status == CSVF_OK && i < run;) {
+        uint32_t some = 0;
+        while (i + some < run && !(victims[i + some].may_be_zeros && is_zeros(plain + (size_t)(i + some) * CSVF_PAGE_BYTES)))
+            some++;
+        if (some)
+            status = csvf__dram_store(vmram, ciphertext + (size_t)i * CSVF_PAGE_BYTES, plain + (size_t)i * CSVF_PAGE_BYTES,
+                                      victims[i].page, some);
+        i += some;
+        if (i < run)
+            victims[i++].is_dirty = 0;
+    }
+    return status;
+}
+
 /* Ciphertext of the taken ones into the DRAM. */
-static int store_taken(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, uint32_t count, uint32_t dirty)
+static int store_taken(csvf_vmram *vmram, csvf__hands *hands, victim *victims, uint32_t count, uint32_t dirty)
 {
     int status = csvf__dram_check(vmram);
     const size_t length = (size_t)dirty * CSVF_PAGE_BYTES;
@@ -147,7 +178,7 @@ static int store_taken(csvf_vmram *vmram, csvf__hands *hands, const victim *vict
     for (uint32_t i = 0; status == CSVF_OK && i < count;) {
         const uint32_t run = run_of(victims + i, count - i, 1);
         if (victims[i].is_dirty) {
-            status = csvf__dram_store(vmram, plain, plain, victims[i].page, run);
+            status = store_run(vmram, plain, plain, victims + i, run);
             plain += (size_t)run * CSVF_PAGE_BYTES;
         }
         i += run;
@@ -158,7 +189,7 @@ static int store_taken(csvf_vmram *vmram, csvf__hands *hands, const victim *vict
 }
 
 /* Ciphertext of the changed ones into the DRAM, from the memory. Readers go on meanwhile; a writer faults on the protection, and waits. */
-static int store(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, uint32_t count)
+static int store(csvf_vmram *vmram, csvf__hands *hands, victim *victims, uint32_t count)
 {
     int status = csvf__dram_check(vmram);
     for (uint32_t i = 0; status == CSVF_OK && i < count;) {
@@ -167,7 +198,7 @@ static int store(csvf_vmram *vmram, csvf__hands *hands, const victim *victims, u
             if (csvf__userfault_protect(vmram, page, run) != CSVF_OK)
                 status = csvf__fail(vmram, CSVF_ERR_SYSTEM, "a page of the memory cannot be write-protected: was it unmapped?");
             else
-                status = csvf__dram_store(vmram, hands->cipher, vmram->ram + (size_t)page * CSVF_PAGE_BYTES, page, run);
+                status = store_run(vmram, hands->cipher, vmram->ram + (size_t)page * CSVF_PAGE_BYTES, victims + i, run);
         }
         i += run;
     }
@@ -219,6 +250,7 @@ uint32_t csvf__window_evict(csvf_vmram *vmram, csvf__hands *hands, uint32_t most
         status = drop(vmram, victims, count);
     if (status == CSVF_OK && is_taken)
         status = store_taken(vmram, hands, victims, count, dirty);
+    uint32_t stored = 0;
     pthread_mutex_lock(&vmram->lock);
     for (uint32_t i = 0; i < count; i++) {
         csvf__page *about = &vmram->pages[victims[i].page];
@@ -228,15 +260,16 @@ uint32_t csvf__window_evict(csvf_vmram *vmram, csvf__hands *hands, uint32_t most
             about->state = (uint8_t)(victims[i].is_dirty ? CSVF__DIRTY : CSVF__CLEAN);
             continue;
         }
-        about->is_written |= (uint8_t)victims[i].is_dirty;
+        stored += victims[i].is_dirty;
+        about->is_written |= victims[i].is_dirty;
         leave(vmram, victims[i].page);
         if (is_awaited)
             csvf__userfault_wake(vmram, victims[i].page, 1);
     }
     if (status == CSVF_OK) {
         vmram->stats.evictions += count;
-        vmram->stats.evictions_clean += count - dirty;
-        vmram->stats.bytes_encrypted += (uint64_t)dirty * CSVF_PAGE_BYTES;
+        vmram->stats.evictions_clean += count - stored;
+        vmram->stats.bytes_encrypted += (uint64_t)stored * CSVF_PAGE_BYTES;
     }
     csvf__no_longer_busy(vmram, count);
     pthread_cond_broadcast(&vmram->changed);
