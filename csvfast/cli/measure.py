@@ -189,6 +189,13 @@ def launch(
             "--force-hash-table", help="Add the hash table although the firmware has no area for it (experiments)."
         ),
     ] = False,
+    csv3: Annotated[bool, typer.Option("--csv3", help="As CSV3 measures: whole pages with addresses, every vCPU.")] = False,
+    secure_calls: Annotated[
+        str | None,
+        typer.Option(
+            "--secure-calls", metavar="ADDRESS", help="Page that names the secure call pages, where the firmware does not."
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read all of the above from a TOML or JSON file.")
     ] = None,
@@ -200,14 +207,15 @@ def launch(
     expect: Expect = None,
     json: Json = False,
 ) -> None:
-    """The launch digest that the attestation report of a CSV or CSV2 guest will carry."""
+    """The launch digest that the attestation report of a CSV, CSV2 or CSV3 guest will carry."""
     from csvfast.measure import LaunchRecipe, load_explanation, load_recipe
 
     expected = _digest_option(expect)
     given = [firmware, kernel, initrd, append]
     plan: LaunchRecipe
     if recipe is not None:
-        if any(value is not None for value in given) or vmsa is not VmsaChoice.none or force_hash_table or vcpus != 1:
+        switches = force_hash_table or csv3 or secure_calls is not None or vcpus != 1
+        if any(value is not None for value in given) or vmsa is not VmsaChoice.none or switches:
             raise CommandError("--recipe: given together with other inputs; expected the recipe alone to name them")
         plan = load_recipe(recipe)
         expected = plan.expect if expected is None else expected
@@ -223,6 +231,8 @@ def launch(
             vcpus,
             _number_option("--cpu-signature", cpu_signature),
             force_hash_table,
+            csv3=csv3,
+            secure_calls=None if secure_calls is None else _number_option("--secure-calls", secure_calls),
         )
     paths = [str(path) for path in (plan.firmware, plan.kernel, plan.initrd) if path is not None]
     with _progress("measuring launch", paths, json) as step:

@@ -35,9 +35,11 @@ __all__ = ["GUID_NAMES", "GuidTable", "HashTableArea", "parse_guid_table"]
 FOOTER_GUID = UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
 HASH_TABLE_GUID = UUID("7255371f-3a3b-4b04-927b-1da6efa8d454")
 RESET_BLOCK_GUID = UUID("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
+SECURE_CALL_GUID = UUID("9a5d926f-2fa5-ceba-ab21-6b275d5556a5")
 GUID_NAMES: Mapping[UUID, str] = {
     HASH_TABLE_GUID: "hash table area",
     RESET_BLOCK_GUID: "SEV-ES reset block",
+    SECURE_CALL_GUID: "secure call pages",
     UUID("4c2eb361-7d9b-4cc3-8081-127c90d3d294"): "secret area",
     UUID("dc886566-984a-4798-a75e-5585a7bf67cc"): "SEV metadata offset",
     UUID("e47a6535-984a-4798-865e-4685a7bf8ec2"): "TDX metadata offset",

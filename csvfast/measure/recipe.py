@@ -11,6 +11,8 @@ version control. Paths are relative to the file's directory.
     vcpus = 4                 # 1
     cpu_signature = 0x900f01  # or a text "0x900f01", which JSON needs
     force_hash_table = false
+    csv3 = false              # as CSV3 measures
+    secure_calls = "0xffd000" # see launch_digest; none when left out
     expect = "8869…547b"      # checked by the command line
 
 An explanation is what `csvfast measure launch --explain --json` prints: a recipe's outcome, with the digest of every
@@ -45,6 +47,8 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "vcpus": (int,),
     "cpu_signature": (int, str),
     "force_hash_table": (bool,),
+    "csv3": (bool,),
+    "secure_calls": (int, str),
     "expect": (str,),
 }
 
@@ -62,6 +66,8 @@ class LaunchRecipe:
     cpu_signature: int = DEFAULT_CPU_SIGNATURE
     force_hash_table: bool = False
     expect: bytes | None = None
+    csv3: bool = False
+    secure_calls: int | None = None
 
     def measure(self, progress: Progress | None = None) -> LaunchDigest:
         """Computes the digest. Raises what `launch_digest` raises."""
@@ -74,6 +80,8 @@ class LaunchRecipe:
             vcpus=self.vcpus,
             cpu_signature=self.cpu_signature,
             force_hash_table=self.force_hash_table,
+            csv3=self.csv3,
+            secure_calls=self.secure_calls,
             progress=progress,
         )
 
@@ -212,13 +220,12 @@ def _recipe_of(data: dict[str, Any], path: AnyPath) -> LaunchRecipe:
     for key in ("firmware", "kernel", "initrd"):
         if key in values and values[key] != STDIN:
             values[key] = Path(path).parent / values[key]
-    if isinstance(values.get("cpu_signature"), str):
-        try:
-            values["cpu_signature"] = int(values["cpu_signature"], 0)
-        except ValueError as error:
-            raise RecipeError(
-                f"{name}: cpu_signature is {data['cpu_signature']!r}; expected a number such as 0x900f00"
-            ) from error
+    for key, example in (("cpu_signature", "0x900f00"), ("secure_calls", "0xffd000")):
+        if isinstance(values.get(key), str):
+            try:
+                values[key] = int(values[key], 0)
+            except ValueError as error:
+                raise RecipeError(f"{name}: {key} is {data[key]!r}; expected a number such as {example}") from error
     if "expect" in values:
         values["expect"] = parse_digest(values["expect"], f"{name}: expect", RecipeError)
     return LaunchRecipe(**values)

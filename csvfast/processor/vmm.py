@@ -5,7 +5,7 @@ Works on any Machine, in this process (LocalMachine) or behind a socket (RemoteM
 end of the first 4 GiB and RAM from 0; kernel and initrd are not put there, since a direct boot reads them from the VMM and checks
 their hashes.
 
-CSV and CSV2 guests; CSV3's launch has commands of its own.
+CSV3's launch has commands of its own: vmm_csv3.py.
 
 Thread-safety: one thread per Host; any number of Hosts on one machine.
 """
@@ -28,7 +28,7 @@ from csvfast.errors import (
     UnknownAsidError,
     VerificationError,
 )
-from csvfast.measure.launch import LaunchDigest, Vmsa, hash_table, launch_digest
+from csvfast.measure.launch import FORCED_TABLE_ADDRESS, LaunchDigest, Vmsa, hash_table, launch_digest
 from csvfast.measure.ovmf import GuidTable
 from csvfast.measure.source import AnyPath, Progress, Source
 from csvfast.measure.vmsa import BSP_ADDRESS, DEFAULT_CPU_SIGNATURE, vmsa_page
@@ -52,8 +52,6 @@ FOUR_GIB: Final = 1 << 32
 TMR_BYTES: Final = 1 << 20
 ASID_MAX: Final = 0xFFFF
 SECRET_AREA: Final = UUID("4c2eb361-7d9b-4cc3-8081-127c90d3d294")
-# Where the AmdSev build of OVMF has its hash table: the place for a table that no firmware asked for.
-FORCED_TABLE_ADDRESS: Final = 0x80FC00
 MEASURE_BYTES: Final = 48
 
 
@@ -75,6 +73,8 @@ class GuestPlan:
         memory_size: RAM of the guest, in bytes. vcpus, cpu_signature: for the save areas.
         vmsa: "amd" when the processor measures save areas, so that the prediction does too.
         force_hash_table: the hash table although the firmware has no area for it (experiments).
+        secure_calls: of a CSV3 guest whose firmware names no secure call pages: guest address of a page that names them; they are
+            the two behind it, and the guest's kernel must keep off all three.
     """
 
     firmware: AnyPath
@@ -89,6 +89,7 @@ class GuestPlan:
     vcpus: int = 1
     cpu_signature: int = DEFAULT_CPU_SIGNATURE
     force_hash_table: bool = False
+    secure_calls: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class LaunchedGuest:
     """A guest after LAUNCH_MEASURE.
 
     Attributes: handle, asid; predicted: the digest computed from the files, before the launch; measurement: the 48 bytes of
-        LAUNCH_MEASURE (HMAC, mnonce); secret_area: guest physical base and size that the firmware names, or None.
+        LAUNCH_MEASURE (HMAC, mnonce); secret_area: guest physical base and size that the firmware names, or None;
+        secure_calls: guest address of a CSV3 guest's two secure call pages, or None. ram: system address of the guest's RAM.
     """
 
     handle: int
@@ -104,6 +106,8 @@ class LaunchedGuest:
     predicted: LaunchDigest
     measurement: bytes
     secret_area: tuple[int, int] | None
+    secure_calls: int | None = None
+    ram: int = 0
 
 
 class Host:
@@ -180,25 +184,36 @@ class Host:
             vcpus=plan.vcpus,
             cpu_signature=plan.cpu_signature,
             force_hash_table=plan.force_hash_table,
+            csv3=plan.policy.csv3,
+            secure_calls=plan.secure_calls,
             progress=progress,
         )
         if plan.memory_size < PAGE or plan.memory_size % PAGE:
             raise ArgumentError(f"memory_size is {plan.memory_size}; expected a positive multiple of {PAGE}")
+        csv3 = None
+        if plan.policy.csv3:
+            from csvfast.processor.vmm_csv3 import Csv3Launch
+
+            csv3 = Csv3Launch(self, plan, predicted)
         handle = self._start(plan)
+        secure_calls = secret_area = None
         try:
             asid = self._activate(handle)
-            ram = self._give(handle, plan.memory_size, 0)
-            secret_area = self._load(plan, predicted, handle, ram)
-            if plan.policy.es:
-                self._save_areas(plan, handle)
-            measurement = self._with_buffer(
+            if csv3 is not None:
+                ram, secure_calls = csv3.load(handle)
+            else:
+                ram = self.give(handle, plan.memory_size, 0)
+                secret_area = self._load(plan, predicted, handle, ram)
+                if plan.policy.es:
+                    self._save_areas(plan, handle)
+            measurement = self.with_buffer(
                 MEASURE_BYTES,
                 lambda place: self.run(Command.LAUNCH_MEASURE, handle=handle, address=place, length=MEASURE_BYTES),
             )
         except BaseException:
             self.abandon(handle)
             raise
-        return LaunchedGuest(handle, asid, predicted, measurement, secret_area)
+        return LaunchedGuest(handle, asid, predicted, measurement, secret_area, secure_calls, ram)
 
     def inject(self, handle: int, secret: Secret, guest_physical: int) -> None:
         """LAUNCH_SECRET at a place in the guest's RAM. Raises FirmwareError, AddressError."""
@@ -218,7 +233,7 @@ class Host:
                 transport_length=len(secret.transport),
             )
 
-        self._with_buffer(size, send)
+        self.with_buffer(size, send)
 
     def finish(self, handle: int) -> None:
         """LAUNCH_FINISH."""
@@ -265,7 +280,8 @@ class Host:
             self.run(Command.DF_FLUSH)
         raise UnknownAsidError("every ASID that this kind of guest may use belongs to another guest")
 
-    def _give(self, handle: int, size: int, guest_physical: int, alignment: int = PAGE) -> int:
+    def give(self, handle: int, size: int, guest_physical: int, alignment: int = PAGE) -> int:
+        """Frames that are a guest's until it is gone. Returns: their system address."""
         place = self.machine.allocate(size, alignment)
         try:
             self.machine.assign(place, handle, guest_physical)
@@ -278,7 +294,7 @@ class Host:
         with Source(plan.firmware) as source:
             size = source.size or 0
             table = GuidTable.read(source) if plan.kernel is not None and not plan.force_hash_table else None
-            place = self._give(handle, size, FOUR_GIB - -(-size // PAGE) * PAGE)
+            place = self.give(handle, size, FOUR_GIB - -(-size // PAGE) * PAGE)
             done = 0
             for chunk in source.chunks():
                 if done + len(chunk) > size:
@@ -306,7 +322,7 @@ class Host:
             with Source(plan.firmware) as source:
                 other = GuidTable.read(source).reset_address()
         for index in range(plan.vcpus):
-            place = self._give(handle, PAGE, _SAVE_AREAS + index * PAGE)
+            place = self.give(handle, PAGE, _SAVE_AREAS + index * PAGE)
             self.machine.write(place, vmsa_page(BSP_ADDRESS if index == 0 else other, plan.cpu_signature))
             self.run(Command.LAUNCH_UPDATE_VMSA, handle=handle, address=place, length=PAGE)
 
@@ -362,7 +378,7 @@ class Host:
                 return found.address + offset
         raise AddressError(f"{length} bytes at {guest_physical:#x} lie outside guest {handle}'s memory")
 
-    def _with_buffer(self, size: int, use: Callable[[int], object]) -> bytes:
+    def with_buffer(self, size: int, use: Callable[[int], object]) -> bytes:
         """Runs `use` with a host buffer and returns what stands in it afterwards."""
         place = self.machine.allocate(size)
         try:
