@@ -3,7 +3,7 @@
 The header is the reference; `csvfast.get_include()` says where it is.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "csvfast.h" nogil:
     enum:
@@ -85,6 +85,7 @@ cdef extern from "csvfast.h" nogil:
     void csvf_sm3_final(csvf_sm3 *sm3, uint8_t *digest)
     void csvf_sm3_digest(uint8_t *digest, const void *data, size_t length)
     void csvf_sm3_many(uint8_t *digests, const uint8_t *const *data, const size_t *lengths, size_t count)
+    void csvf_sm3_update_many(csvf_sm3 *const *streams, const uint8_t *const *data, const size_t *lengths, size_t count)
     int csvf_sm3_blocks(uint8_t *digests, const uint8_t *prefix, size_t prefix_length, const uint8_t *data,
                         size_t block_length, size_t count)
     void csvf_hmac_sm3_init(csvf_hmac_sm3 *hmac, const uint8_t *key, size_t key_length)

@@ -307,6 +307,115 @@ def sm3_many(buffers, /):
         PyMem_Free(block)
 
 
+def sm3_update_many(streams, buffers, /):
+    """Continues many SM3 streams, each with a buffer of its own, in vector lanes: `stream.update(buffer)` for every pair.
+
+    Args:
+        streams: an iterable of different sm3 objects.
+        buffers: as many C-contiguous buffers; the lanes are fullest where their lengths are much alike.
+    Raises: ArgumentError (a stream is there twice, other numbers of streams and buffers), BufferTypeError,
+        NonContiguousBufferError; nothing was hashed then.
+    Standard: GB/T 32905-2016.
+    Thread-safety: as the streams: one lock per object, held by all of them until the call returns.
+    """
+    cdef tuple states = tuple(streams), messages = tuple(buffers)
+    cdef Py_ssize_t count = len(states), held = 0, index
+    if len(messages) != count:
+        raise errors.ArgumentError(f"there are {len(messages)} buffers for {count} streams; expected one for each")
+    for index in range(count):
+        if type(states[index]) is not sm3:
+            raise TypeError(f"stream {index} must be an sm3, not {type(states[index]).__name__}")
+    if len(set(states)) != count:
+        raise errors.ArgumentError("a stream is given more than once; expected different ones")
+    if count == 0:
+        return
+    cdef char *block = <char *>PyMem_Malloc(count * (sizeof(Py_buffer) + 2 * sizeof(void *) + sizeof(size_t)))
+    if block == NULL:
+        raise errors.AllocationError(f"no memory for {count} message descriptors")
+    cdef Py_buffer *views = <Py_buffer *>block
+    cdef const uint8_t **data = <const uint8_t **>(views + count)
+    cdef csvf_sm3 **pointers = <csvf_sm3 **>(data + count)
+    cdef size_t *lengths = <size_t *>(pointers + count)
+    try:
+        for index in range(count):
+            (<sm3>states[index]).need_lock()
+            pointers[index] = &(<sm3>states[index]).state
+            if PyObject_GetBuffer(messages[index], &views[index], PyBUF_SIMPLE) != 0:
+                raise _buffer_error(messages[index], f"buffer {index}", False)
+            held += 1
+            data[index] = <const uint8_t *>views[index].buf
+            lengths[index] = views[index].len
+        # In one order for everybody: two calls that share streams wait for each other, and not for ever.
+        ordered = sorted(states, key=id)
+        for state in ordered:
+            (<sm3>state).enter()
+        with nogil:
+            csvf_sm3_update_many(pointers, data, lengths, count)
+        for state in ordered:
+            (<sm3>state).leave()
+    finally:
+        for index in range(held):
+            PyBuffer_Release(&views[index])
+        PyMem_Free(block)
+
+
+cdef extern from "../sm3/sm3_files.h" nogil:
+    ctypedef struct csvf__file:
+        const char *path
+        int done
+        uint64_t device
+        uint64_t inode
+        uint64_t size
+        int64_t mtime_ns
+        int64_t ctime_ns
+        uint8_t digest[32]
+    void csvf__sm3_files(csvf__file *files, size_t count, uint8_t *room, size_t room_length, size_t limit)
+
+
+def sm3_small_files(paths, room, limit, /):
+    """SM3 of many small files, read and hashed without the GIL, side by side in vector lanes.
+
+    Args:
+        paths: an iterable of paths as bytes.
+        room: writable buffer that the files are read into, longer than `limit`.
+        limit: bytes of a file, at most.
+    Returns: a list with, for each path, (digest, size, mtime_ns, ctime_ns, inode, device), or None for what is no regular file of at
+        most `limit` bytes, cannot be read, or changed meanwhile: to be measured in another way, which says what is wrong.
+    Raises: LengthError, BufferTypeError, ReadOnlyBufferError.
+    Thread-safety: safe from any thread, with room of its own.
+    """
+    cdef tuple names = tuple(paths)
+    cdef Py_ssize_t count = len(names), most = _length(limit, "limit"), index
+    cdef csvf__file *files
+    cdef Py_buffer view
+    for index in range(count):
+        if type(names[index]) is not bytes or b"\0" in names[index]:
+            raise TypeError(f"path {index} must be bytes without NUL")
+    if count == 0:
+        return []
+    _acquire(room, &view, True, "room")
+    try:
+        if view.len <= most:
+            raise errors.LengthError(f"room has {view.len} bytes; expected more than the limit {most}")
+        files = <csvf__file *>PyMem_Malloc(count * sizeof(csvf__file))
+        if files == NULL:
+            raise errors.AllocationError(f"no memory for {count} file descriptions")
+        try:
+            for index in range(count):
+                files[index].path = PyBytes_AS_STRING(names[index])
+            with nogil:
+                csvf__sm3_files(files, count, <uint8_t *>view.buf, view.len, most)
+            return [
+                (PyBytes_FromStringAndSize(<char *>files[index].digest, 32), files[index].size, files[index].mtime_ns,
+                 files[index].ctime_ns, files[index].inode, files[index].device) if files[index].done else None
+                for index in range(count)
+            ]
+        finally:
+            PyMem_Free(files)
+    finally:
+        PyBuffer_Release(&view)
+
+
 def sm3_blocks(data, block_length=4096, *, prefix=b"", out=None, pool=None):
     """SM3 of each block of a buffer, every block preceded by the same prefix: the leaves of a page or dm-verity tree.
 

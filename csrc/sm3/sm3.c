@@ -2,6 +2,7 @@
 #include "../include/csvfast.h"
 #include "sm3_common.h"
 #include "sm3_kernel.h"
+#include "sm3_stream.h"
 
 const csvf_sm3_kernel *const csvf__sm3_kernels[] = {
 #if defined(__x86_64__)
@@ -20,16 +21,7 @@ const csvf_sm3_many_kernel *const csvf__sm3_many_kernels[] = {
     NULL,
 };
 
-/* The contents of csvf_sm3. The kernel is kept so that forcing another one never changes a live stream. */
-typedef struct __attribute__((may_alias)) stream {
-    uint32_t h[8];
-    uint8_t buffer[64]; /* total % 64 bytes that wait for the rest of their block */
-    uint64_t total;     /* bytes taken so far */
-    const csvf_sm3_kernel *kernel;
-} stream;
-
-_Static_assert(sizeof(stream) <= sizeof(csvf_sm3), "csvf_sm3 is too small");
-_Static_assert(_Alignof(stream) <= _Alignof(csvf_sm3), "csvf_sm3 is not aligned enough");
+typedef csvf__sm3_stream stream;
 
 static void start(stream *s, const csvf_sm3_kernel *kernel)
 {

@@ -1,8 +1,9 @@
-/* Drivers that keep the vector lanes full: messages of any number and mix of lengths (csvf_sm3_many), and equal blocks behind
- * one prefix (csvf_sm3_blocks). Nothing is allocated; everything stands on the stack and is wiped. PURE. */
+/* Drivers that keep the vector lanes full: messages of any number and mix of lengths (csvf_sm3_many), pieces of streams under way
+ * (csvf_sm3_update_many), and equal blocks behind one prefix (csvf_sm3_blocks). Nothing is allocated; everything stands on the stack and is wiped. PURE. */
 #include "../include/csvfast.h"
 #include "sm3_common.h"
 #include "sm3_kernel.h"
+#include "sm3_stream.h"
 
 #define MOST_LANES 32
 #define WINDOW 256 /* messages among which the longest is started next */
@@ -43,7 +44,8 @@ typedef struct waiting {
     size_t message;
 } waiting;
 
-/* A message under way: first its whole blocks where the caller has them, then its padded tail. */
+/* A message under way: first its whole blocks where the caller has them, then its padded tail (of a stream: what is left goes into
+ * its buffer). */
 typedef struct lane {
     const uint8_t *at;
     size_t blocks; /* left at `at` */
@@ -53,6 +55,7 @@ typedef struct lane {
 
 typedef struct crowd {
     uint8_t *digests;
+    csvf_sm3 *const *streams; /* what continues with the messages; NULL: every message is a whole one, with a digest */
     const uint8_t *const *data;
     const size_t *lengths;
     size_t count;
@@ -66,15 +69,30 @@ typedef struct crowd {
     waiting heap[WINDOW];
 } crowd;
 
-static waiting waiting_message(const crowd *c, size_t message)
+/* Takes the caller's next message that has whole blocks to be compressed; streams without are served at once. 0: there is none. */
+static int take_next(crowd *c, waiting *taken)
 {
-    return (waiting){.blocks = c->lengths[message] / 64, .message = message};
+    while (c->next < c->count) {
+        const size_t message = c->next++;
+        size_t length = c->lengths[message];
+        if (c->streams) {
+            const size_t used = ((csvf__sm3_stream *)c->streams[message])->total % 64, missing = (64 - used) % 64;
+            length = missing < length ? length - missing : 0;
+            if (length < 64) {
+                csvf_sm3_update(c->streams[message], c->data[message], c->lengths[message]);
+                continue;
+            }
+        }
+        *taken = (waiting){.blocks = length / 64, .message = message};
+        return 1;
+    }
+    return 0;
 }
 
 static void fill_heap(crowd *c)
 {
-    while (c->heap_size < WINDOW && c->next < c->count) {
-        waiting added = waiting_message(c, c->next++);
+    waiting added;
+    while (c->heap_size < WINDOW && take_next(c, &added)) {
         size_t i = c->heap_size++;
         for (; i && c->heap[(i - 1) / 2].blocks < added.blocks; i = (i - 1) / 2)
             c->heap[i] = c->heap[(i - 1) / 2];
@@ -87,7 +105,9 @@ static void fill_heap(crowd *c)
 static size_t take_longest(crowd *c)
 {
     const size_t taken = c->heap[0].message;
-    const waiting moved = c->next < c->count ? waiting_message(c, c->next++) : c->heap[--c->heap_size];
+    waiting moved;
+    if (!take_next(c, &moved))
+        moved = c->heap[--c->heap_size];
     size_t i = 0;
     for (;;) {
         size_t child = 2 * i + 1;
@@ -114,8 +134,24 @@ static void enter_tail(crowd *c, size_t slot)
     l->in_tail = 1;
 }
 
+/* A stream's message: what completes the block in its buffer goes first. */
+static void start_stream(crowd *c, size_t slot, size_t message)
+{
+    csvf__sm3_stream *s = (csvf__sm3_stream *)c->streams[message];
+    const size_t head = (64 - s->total % 64) % 64;
+    csvf_sm3_update(c->streams[message], c->data[message], head);
+    const size_t whole = (c->lengths[message] - head) / 64;
+    s->total += 64 * (uint64_t)whole;
+    c->lanes[slot] = (lane){.at = c->data[message] + head, .blocks = whole, .message = message, .in_tail = 0};
+    store_column(c->state, c->width, slot, s->h);
+}
+
 static void start_message(crowd *c, size_t slot, size_t message)
 {
+    if (c->streams) {
+        start_stream(c, slot, message);
+        return;
+    }
     const size_t whole = c->lengths[message] / 64;
     if (whole) {
         __builtin_prefetch(c->data[message]);
@@ -125,6 +161,17 @@ static void start_message(crowd *c, size_t slot, size_t message)
     store_column(c->state, c->width, slot, csvf__sm3_iv);
     if (whole == 0)
         enter_tail(c, slot);
+}
+
+/* The chaining value h of a message that has ended becomes its digest, or its stream's. */
+static void end_message(crowd *c, const lane *l, const uint32_t h[8])
+{
+    if (!c->streams) {
+        csvf__sm3_store_digest(c->digests + 32 * l->message, h);
+        return;
+    }
+    memcpy(((csvf__sm3_stream *)c->streams[l->message])->h, h, 32);
+    csvf_sm3_update(c->streams[l->message], l->at, (size_t)(c->data[l->message] + c->lengths[l->message] - l->at));
 }
 
 /* The last live lane takes the place of one that has ended. */
@@ -162,12 +209,12 @@ static void advance(crowd *c, lanes_function compress)
         l->at += step * 64;
         l->blocks -= step;
         if (l->blocks == 0) {
-            if (!l->in_tail) {
+            if (!l->in_tail && !c->streams) {
                 enter_tail(c, i);
             } else {
                 uint32_t h[8];
                 load_column(h, c->state, c->width, i);
-                csvf__sm3_store_digest(c->digests + 32 * l->message, h);
+                end_message(c, l, h);
                 csvf__wipe(h, sizeof h);
                 if (c->heap_size == 0) {
                     close_gap(c, i);
@@ -188,10 +235,49 @@ static void narrow(crowd *c, size_t width)
     c->width = width;
 }
 
+/* All messages of a crowd whose first five members are set; `width` > 1 lanes are worthwhile if every message has blocks. */
+static void run(crowd *c, const csvf_sm3_many_kernel *kernel, size_t width)
+{
+    c->next = 0;
+    c->heap_size = 0;
+    c->width = width;
+    fill_heap(c);
+    for (c->live = 0; c->live < width && c->heap_size; c->live++)
+        start_message(c, c->live, take_longest(c));
+    for (size_t idle = c->live; idle < width; idle++)
+        store_column(c->state, width, idle, csvf__sm3_iv);
+
+    for (;;) {
+        const size_t wanted = best_width(kernel, c->live);
+        width = wanted < width ? wanted : width;
+        if (width == 1)
+            break;
+        if (width < c->width)
+            narrow(c, width);
+        advance(c, function_of_width(kernel, width));
+    }
+    const csvf_sm3_kernel *single = csvf__sm3();
+    for (size_t i = 0; i < c->live; i++) {
+        lane *l = &c->lanes[i];
+        uint32_t h[8];
+        load_column(h, c->state, c->width, i);
+        single->compress(h, l->at, l->blocks);
+        l->at += 64 * l->blocks;
+        if (!l->in_tail && !c->streams) {
+            enter_tail(c, i);
+            single->compress(h, l->at, l->blocks);
+        }
+        end_message(c, l, h);
+        csvf__wipe(h, sizeof h);
+    }
+    csvf__wipe(c->state, sizeof c->state);
+    csvf__wipe(c->tails, sizeof c->tails);
+}
+
 void csvf_sm3_many(uint8_t *digests, const uint8_t *const *data, const size_t *lengths, size_t count)
 {
     const csvf_sm3_many_kernel *kernel = csvf__sm3_many();
-    size_t width = best_width(kernel, count);
+    const size_t width = best_width(kernel, count);
     if (width == 1) {
         for (size_t i = 0; i < count; i++)
             csvf_sm3_digest(digests + 32 * i, data[i], lengths[i]);
@@ -199,39 +285,29 @@ void csvf_sm3_many(uint8_t *digests, const uint8_t *const *data, const size_t *l
     }
     crowd c;
     c.digests = digests;
+    c.streams = NULL;
     c.data = data;
     c.lengths = lengths;
     c.count = count;
-    c.next = 0;
-    c.heap_size = 0;
-    c.width = width;
-    fill_heap(&c);
-    for (c.live = 0; c.live < width && c.heap_size; c.live++)
-        start_message(&c, c.live, take_longest(&c));
-    for (size_t idle = c.live; idle < width; idle++)
-        store_column(c.state, width, idle, csvf__sm3_iv);
+    run(&c, kernel, width);
+}
 
-    while (width > 1) {
-        if (width < c.width)
-            narrow(&c, width);
-        advance(&c, function_of_width(kernel, width));
-        const size_t wanted = best_width(kernel, c.live);
-        width = wanted < width ? wanted : width;
+void csvf_sm3_update_many(csvf_sm3 *const *streams, const uint8_t *const *data, const size_t *lengths, size_t count)
+{
+    const csvf_sm3_many_kernel *kernel = csvf__sm3_many();
+    const size_t width = best_width(kernel, count);
+    if (width == 1) {
+        for (size_t i = 0; i < count; i++)
+            csvf_sm3_update(streams[i], data[i], lengths[i]);
+        return;
     }
-    const csvf_sm3_kernel *single = csvf__sm3();
-    for (size_t i = 0; i < c.live; i++) {
-        uint32_t h[8];
-        load_column(h, c.state, c.width, i);
-        single->compress(h, c.lanes[i].at, c.lanes[i].blocks);
-        if (!c.lanes[i].in_tail) {
-            enter_tail(&c, i);
-            single->compress(h, c.lanes[i].at, c.lanes[i].blocks);
-        }
-        csvf__sm3_store_digest(digests + 32 * c.lanes[i].message, h);
-        csvf__wipe(h, sizeof h);
-    }
-    csvf__wipe(c.state, sizeof c.state);
-    csvf__wipe(c.tails, sizeof c.tails);
+    crowd c;
+    c.digests = NULL;
+    c.streams = streams;
+    c.data = data;
+    c.lengths = lengths;
+    c.count = count;
+    run(&c, kernel, width);
 }
 
 /* ---- Equal blocks behind one prefix ---- */
