@@ -97,7 +97,7 @@ class AgentPolicy:
 
     @classmethod
     def parse(cls, document: object) -> Self:
-        """From JSON. ContainerError "policy": an unknown member or one of another type: a policy that is half understood is none."""
+        """From JSON. ContainerError "policy": a member is unknown or of another type: half understood is not understood."""
         if not isinstance(document, Mapping):
             raise ContainerError("policy", "the policy is no object")
         for name, value in document.items():

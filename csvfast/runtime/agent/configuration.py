@@ -41,6 +41,9 @@ _BROKER: Final[dict[str, dict[str, type]]] = {
     "none": {},
 }
 _REGISTRY: Final[dict[str, type]] = {"host": str, "plain_http": bool}
+_MEMBERS: Final[dict[str, type]] = {
+    "version": int, "broker": dict, "registries": list, "keys": dict, "limits": dict, "policy": dict,
+}  # fmt: skip
 _LIMITS: Final = ("image_bytes", "entries", "memory")
 
 
@@ -80,8 +83,7 @@ class AgentConfiguration:
         if len(data) > CONFIGURATION_MAX:
             raise ContainerError("state", f"configuration of {len(data)} bytes; at most {CONFIGURATION_MAX} go")
         document = decode_object(data, "configuration")
-        types: dict[str, type] = {"version": int, "broker": dict, "registries": list, "keys": dict, "limits": dict, "policy": dict}
-        found = _checked("it", document, types)
+        found = _checked("it", document, _MEMBERS)
         if found.pop("version", None) != VERSION:
             raise ContainerError("state", f"configuration: expected version {VERSION}")
         if not all(isinstance(rule, dict) for rule in found.get("registries", ())):
@@ -107,7 +109,8 @@ class AgentConfiguration:
 def _checked(where: str, document: dict[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
     for name, value in document.items():
         if name not in types:
-            raise ContainerError("state", f"configuration: {where}: {name[:40]!r} is unknown; expected {', '.join(types) or 'nothing'}")
+            known = ", ".join(types) or "nothing"
+            raise ContainerError("state", f"configuration: {where}: {name[:40]!r} is unknown; expected {known}")
         if type(value) is not types[name]:
             raise ContainerError("state", f"configuration: {where}: {name}: expected {types[name].__name__}")
     return document
@@ -126,5 +129,6 @@ def _checked_broker(broker: dict[str, Any]) -> dict[str, Any]:
     if "pin" in broker and not _PIN.match(broker["pin"]):
         raise ContainerError("state", "configuration: broker: pin: expected 64 lower-case hexadecimal digits")
     if not broker.get("unattested") and "pin" not in broker and "ca" not in broker:
-        raise ContainerError("state", 'configuration: broker: nothing says which one it is; expected pin, ca or "unattested": true')
+        wanted = 'pin, ca or "unattested": true'
+        raise ContainerError("state", f"configuration: broker: nothing says which one it is; expected {wanted}")
     return broker
