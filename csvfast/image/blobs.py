@@ -14,14 +14,15 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from csvfast.errors import ImageError
-from csvfast.image.descriptor import Descriptor, new_hash
+from csvfast.image.descriptor import Descriptor, is_index, is_manifest, new_hash
+from csvfast.image.manifest import Index, Manifest, choose
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Buffer
 
-__all__ = ["CHUNK_BYTES", "BlobReader", "BlobSource", "BlobTarget", "VerifiedReader", "read_blob"]
+__all__ = ["CHUNK_BYTES", "BlobReader", "BlobSource", "BlobTarget", "VerifiedReader", "read_blob", "resolve_manifest"]
 
 CHUNK_BYTES: Final = 1 << 20
 """What is read at a time where the caller does not say."""
@@ -158,3 +159,24 @@ def read_blob(source: BlobSource, descriptor: Descriptor, limit: int) -> bytes:
         raise ImageError(f"blob {descriptor.digest}", f"{descriptor.size} bytes; expected at most {limit}")
     with VerifiedReader(source.open_blob(descriptor), descriptor) as reader:
         return b"".join(reader)
+
+
+def resolve_manifest(
+    source: BlobSource, wanted: str | None, *, os: str = "linux", architecture: str | None = None, variant: str | None = None
+) -> tuple[Descriptor, Manifest]:
+    """One image's manifest, chosen from an index by platform where there is one; what was chosen is verified, too.
+
+    In: wanted   tag or digest; None: as BlobSource.resolve
+        os, architecture, variant   as csvfast.image.manifest.choose
+    ImageError: there is none; an index in an index. RegistryError.
+    """
+    descriptor, data = source.resolve(wanted)
+    if is_index(descriptor.media_type):
+        chosen = choose(Index.parse(data, descriptor.media_type), os, architecture, variant)
+        descriptor, data = source.resolve(chosen.digest)
+        if not descriptor.same_blob(chosen):
+            raise ImageError(f"image {chosen.digest}", f"{descriptor.size} bytes; expected {chosen.size}")
+        descriptor = chosen
+    if not is_manifest(descriptor.media_type):
+        raise ImageError(f"image {descriptor.digest}", f"mediaType {descriptor.media_type}; expected an image's manifest")
+    return descriptor, Manifest.parse(data, descriptor.media_type)

@@ -26,7 +26,7 @@ from csvfast.image.descriptor import (
     parse_annotations,
 )
 
-__all__ = ["LAYER_LIMIT", "MANIFEST_LIMIT", "Index", "Manifest", "choose", "host_architecture", "parse_json"]
+__all__ = ["LAYER_LIMIT", "MANIFEST_LIMIT", "Index", "Manifest", "choose", "host_architecture", "media_type_of", "parse_json"]
 
 MANIFEST_LIMIT: Final = 4 << 20
 """Bytes of a manifest or an index."""
@@ -169,6 +169,17 @@ class Index:
     def descriptor(self, **members: Any) -> Descriptor:
         """As Manifest.descriptor."""
         return Descriptor.of(self.encode(), self.media_type, **members)
+
+
+def media_type_of(data: bytes) -> str:
+    """What a manifest or an index is that comes without a descriptor: what it says, else what its members make it. ImageError."""
+    document = parse_json(data, "manifest")
+    said = document.get("mediaType")
+    if type(said) is str and (is_manifest(said) or is_index(said)):
+        return said
+    if said is not None or not {"config", "manifests"} & document.keys():
+        raise ImageError("manifest", f"mediaType {ascii(said)[:100]}; expected {MANIFEST_TYPE}, {INDEX_TYPE} or Docker's")
+    return INDEX_TYPE if "manifests" in document else MANIFEST_TYPE
 
 
 def host_architecture() -> str:
