@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from csvfast._runtime import get_library
-from csvfast.errors import AddressError, ArgumentError, FirmwareError, FirmwareStatus, StateError, VerificationError
+from csvfast.errors import AddressError, ArgumentError, StateError, VerificationError
 from csvfast.machine.vm_channel import PORT_NAME, GuestChannel
 from csvfast.machine.vm_control import MemoryControl
+from csvfast.machine.vm_csv3 import check_reservation
 from csvfast.machine.vm_files import RunDirectory, check_kernel, check_room, seal_file
-from csvfast.machine.vm_qemu import QemuProcess, choose_accelerator, find_qemu, low_memory
+from csvfast.machine.vm_qemu import QemuProcess, choose_accelerator, find_qemu, ram_ranges
+from csvfast.machine.vm_requests import GuestRequests
 from csvfast.processor.commands import Command
-from csvfast.processor.core import C_BIT, PAGE
-from csvfast.processor.mailbox_guest import VM_ATTESTATION
+from csvfast.processor.core import PAGE
 from csvfast.processor.owner import check_measurement, seal_secret
 from csvfast.processor.vmm import FORCED_TABLE_ADDRESS, GuestPlan, Host, LaunchedGuest
 from csvfast.processor.vmm import Secret as PackedSecret
@@ -47,7 +48,6 @@ __all__ = ["CsvVm"]
 MEBIBYTE: Final = 1 << 20
 MEMORY_MIN: Final = 32 * MEBIBYTE
 WINDOW_MIN: Final = 64 << 10
-FOUR_GIB: Final = 1 << 32
 START_SECONDS: Final = 60.0
 COPY_BYTES: Final = 8 * MEBIBYTE
 _EXIT_LINE: Final = re.compile(rb"^guest: exit (\d{1,3})\s*$", re.MULTILINE)
@@ -71,7 +71,8 @@ class CsvVm:
         time_limit: seconds, after which the machine is killed. output: gets the console's bytes as they come.
         name: of its run directory; None: a new one. root: of run directories.
 
-    Attributes: launched: what LAUNCH_MEASURE gave, None before. name; directory: its run directory.
+    Attributes: launched: what LAUNCH_MEASURE gave, None before. stop_requested: by stop() or request_stop(). name; directory: its
+        run directory.
 
     with CsvVm(platform=machine, dram=path, plan=GuestPlan(firmware="OVMF.amdsev.fd", kernel="vmlinuz", initrd="initrd")) as vm:
         vm.launch()
@@ -99,8 +100,9 @@ class CsvVm:
         name: str | None = None,
         root: Path | None = None,
     ) -> None:
-        if plan.policy.csv3:
-            raise ArgumentError("the policy asks for CSV3; expected a CSV or CSV2 guest")
+        check_reservation(plan)
+        if secret is not None and plan.policy.csv3:
+            raise ArgumentError("a secret is given for a CSV3 guest; expected a CSV or CSV2 guest")
         if plan.memory_size < MEMORY_MIN or plan.memory_size % MEBIBYTE:
             raise ArgumentError(f"memory_size is {plan.memory_size}; expected whole MiB, at least 32")
         if expected is not None and len(expected) != 32:
@@ -119,6 +121,7 @@ class CsvVm:
                 raise ArgumentError(f"the plan's policy {plan.policy!r} is not the session's, {owner.policy!r}")
         _check_window(window, plan.memory_size)
         self.launched: LaunchedGuest | None = None
+        self.stop_requested = False
         self._platform = platform
         self._dram_path = os.fspath(dram)
         self._plan = plan
@@ -145,7 +148,6 @@ class CsvVm:
         self._channel: GuestChannel | None = None
         self._control: MemoryControl | None = None
         self._dram = -1
-        self._address = 0
         self._began = time.monotonic()
         self._final_statistics: dict[str, Any] = {}
         self._directory = RunDirectory(name, root)
@@ -209,10 +211,14 @@ class CsvVm:
             raise VerificationError(
                 "launch digest", f"the firmware measured {(measured or b'').hex()}; expected {predicted.hexdigest}"
             )
+        if plan.policy.csv3 and launched.secure_calls is None:
+            raise ArgumentError("the firmware names no secure call pages; expected the plan's secure_calls")
         written = []
-        if plan.kernel is not None:
-            piece = next(piece for piece in predicted.pieces if piece.name == "hash table")
-            written.append(_pages(FORCED_TABLE_ADDRESS if piece.address is None else piece.address, piece.size))
+        for piece in predicted.pieces:
+            if piece.name in ("hash table", "secure call pages"):
+                written.append(_pages(FORCED_TABLE_ADDRESS if piece.address is None else piece.address, piece.size))
+        if launched.secure_calls is not None:
+            written.append((launched.secure_calls, PAGE))
         if self._secret is not None and self._owner is not None:
             place = self._secret_address
             if place is None:
@@ -223,11 +229,9 @@ class CsvVm:
             host.inject(launched.handle, PackedSecret(header, transport), place)
             written.append(_pages(place, len(transport)))
         host.finish(launched.handle)
-        ram = next(found for found in self._platform.guest_ranges(launched.handle) if found.guest_physical == 0)
-        self._address = ram.address
-        check_room(self._dram, ram.address, ram.size)
+        check_room(self._dram, launched.ram, plan.memory_size)
         for offset, length in written or [(0, PAGE)]:
-            place = ram.address + offset
+            place = launched.ram + offset
             if os.pread(self._dram, length, place) != self._platform.read(place, length):
                 raise StateError(f"{self._dram_path}: not the file that this platform's memory stands on")
         return written
@@ -235,22 +239,25 @@ class CsvVm:
     # ---- QEMU
 
     def _start(self, sealed: dict[str, int], written: list[tuple[int, int]]) -> None:
-        if self.launched is None:
+        launched, host = self.launched, self._host
+        if launched is None or host is None:
             raise StateError("there is no guest")
         control = self._directory.path / "memory.sock"
         ours, theirs = socket.socketpair()
         ports = self._ports.values()
-        self._channel = GuestChannel(ours, self._attest, self._info)
         self._control = MemoryControl(control)
+        requests = GuestRequests(host, self._host_lock, self._control, self._plan, launched)
+        self._channel = GuestChannel(ours, requests.attest, requests.info, requests.secure_call, requests.flush)
         key_out, key_in = os.pipe2(os.O_CLOEXEC)
         try:
             try:
-                self._platform.processor.key_memory_controller(self.launched.handle, key_in)
+                ram = [(gpa, launched.ram + offset, size) for gpa, offset, size in ram_ranges(self._plan.memory_size)]
+                self._platform.processor.key_memory_controller(launched.handle, key_in, ram)
             finally:
                 os.close(key_in)
             environment = {
                 "CSVFAST_VMRAM_PATH": os.fspath(Path(f"/proc/self/fd/{self._dram}").readlink()),
-                "CSVFAST_VMRAM_OFFSET": str(self._address),
+                "CSVFAST_VMRAM_OFFSET": str(launched.ram),
                 "CSVFAST_VMRAM_WINDOW": self._window,
                 "CSVFAST_VMRAM_KEY_FD": str(key_out),
                 "CSVFAST_VMRAM_CONTROL": str(control),
@@ -314,32 +321,6 @@ class CsvVm:
             command += ["-append", plan.append]
         return command + list(self._arguments)
 
-    # ---- What the guest asks for
-
-    def _attest(self, gpa: int) -> None:
-        place = self._system_address(gpa)
-        host, control, launched = self._host, self._control, self.launched
-        if host is None or control is None or launched is None:
-            raise FirmwareError(FirmwareStatus.INVALID_GUEST_STATE, "the guest is being stopped")
-        try:
-            control.evict(place - self._address, PAGE)
-        except StateError as problem:
-            raise FirmwareError(FirmwareStatus.HWERROR_PLATFORM, str(problem)) from problem
-        with self._host_lock:
-            host.run(Command.ATTESTATION, handle=launched.handle, address=place | C_BIT, mnonce=VM_ATTESTATION, length=PAGE)
-
-    def _system_address(self, gpa: int) -> int:
-        low = low_memory(self._plan.memory_size)
-        if gpa <= low - PAGE:
-            return self._address + gpa
-        offset = gpa - FOUR_GIB
-        if 0 <= offset <= self._plan.memory_size - low - PAGE:
-            return self._address + low + offset
-        raise FirmwareError(FirmwareStatus.INVALID_ADDRESS, f"{gpa:#x} is not in the guest's RAM")
-
-    def _info(self) -> tuple[int, int]:
-        return self._plan.policy.value, 2 if self._plan.policy.es else 1
-
     # ---- While it runs, and after
 
     @property
@@ -349,16 +330,20 @@ class CsvVm:
 
     @property
     def exit_code(self) -> int | None:
-        """What the guest's init reported (`guest: exit N` on the console); without that QEMU's own; None while it runs.
+        """What the guest's init reported; without that QEMU's own; None while it runs. QEMU's 0 says only that the guest switched
+        off or was stopped, whatever happened in there: `reported` tells them apart.
 
         Negative: the signal that killed QEMU (time limit: -9)."""
         if self._process is None or self._process.running:
             return None
-        if self._process.exit_code == 0:
-            found = _EXIT_LINE.findall(self._process.console())
-            if found:
-                return int(found[-1])
-        return self._process.exit_code
+        reported = self.reported if self._process.exit_code == 0 else None
+        return self._process.exit_code if reported is None else reported
+
+    @property
+    def reported(self) -> int | None:
+        """The code of the last line `guest: exit N` on the console, which the guest's init writes; None without one."""
+        found = [] if self._process is None else _EXIT_LINE.findall(self._process.console())
+        return int(found[-1]) if found else None
 
     @property
     def timed_out(self) -> bool:
@@ -411,7 +396,7 @@ class CsvVm:
         try:
             done = 0
             while done < self._plan.memory_size:
-                chunk = os.pread(self._dram, min(COPY_BYTES, self._plan.memory_size - done), self._address + done)
+                chunk = os.pread(self._dram, min(COPY_BYTES, self._plan.memory_size - done), self.address + done)
                 if not chunk:
                     raise StateError(f"{self._dram_path} ends within the guest's RAM")
                 if chunk.count(0) != len(chunk):
@@ -429,7 +414,7 @@ class CsvVm:
     @property
     def address(self) -> int:
         """System physical address of the RAM; its page frame numbers are the data units of the cipher."""
-        return self._address
+        return 0 if self.launched is None else self.launched.ram
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Waits for the end. Returns: exit_code; None: it still runs after `seconds`."""
@@ -440,11 +425,13 @@ class CsvVm:
 
     def request_stop(self) -> None:
         """Asks QEMU to end in order, and does not wait: for callers in threads that the end waits for."""
+        self.stop_requested = True
         if self._process is not None:
             self._process.request_stop()
 
     def stop(self, seconds: float = 10.0) -> None:
         """Ends QEMU, by force after `seconds`, and puts everything away. Idempotent."""
+        self.stop_requested = True
         if self._process is not None:
             self._process.stop(seconds)
         self.close()

@@ -6,8 +6,9 @@ Request and answer are 32 bytes, little-endian:
     answer    magic "CSVG", u16 version 1, u16 operation, u32 tag, u32 status, u64 gpa, u64 value
 
     operation 1   ATTESTATION: a request page at gpa is answered by the firmware, under the guest's key
-              2   secure call (RTMR): the firmware has it for CSV3 guests only
+              2   SECURE_CALL: a CSV3 guest has reached the page at gpa of its pair and found it hidden: UPDATE_NPT
               3   INFO: gpa = guest policy, value = 1 CSV, 2 CSV2, 3 CSV3
+              4   FLUSH: the page at gpa leaves the window
     status        of the firmware; 0 done; 0x10001 bad request
 
 The host passes an address on. It never sees what stands there: the page is ciphertext in the DRAM before and after.
@@ -46,6 +47,7 @@ class GuestOperation(IntEnum):
     ATTESTATION = 1
     SECURE_CALL = 2
     INFO = 3
+    FLUSH = 4
 
 
 class GuestChannel:
@@ -53,19 +55,28 @@ class GuestChannel:
 
     Args:
         connection: to the guest's port; the channel's from now on. attest: has the page at a guest physical address answered;
-            raises FirmwareError. info: policy word and generation.
+            raises FirmwareError. info: policy word and generation. secure_call, flush: as attest; None: the guest has none.
     Attributes: requests, refused: counters. problem: why the channel ended early, or None.
     """
 
     def __init__(
-        self, connection: socket.socket, attest: Callable[[int], None], info: Callable[[], tuple[int, int]]
+        self,
+        connection: socket.socket,
+        attest: Callable[[int], None],
+        info: Callable[[], tuple[int, int]],
+        secure_call: Callable[[int], None] | None = None,
+        flush: Callable[[int], None] | None = None,
     ) -> None:
         self.requests = 0
         self.refused = 0
         self.problem: str | None = None
         self._connection = connection
-        self._attest = attest
         self._info = info
+        self._pages = {
+            GuestOperation.ATTESTATION: attest,
+            GuestOperation.SECURE_CALL: secure_call,
+            GuestOperation.FLUSH: flush,
+        }
         self._thread = threading.Thread(target=self._serve, name="csvfast-channel", daemon=True)
 
     def start(self) -> None:
@@ -123,20 +134,21 @@ class GuestChannel:
             return self._refuse(0, 0, 0, BAD_REQUEST)
         if version != VERSION or reserved:
             return self._refuse(code, tag, gpa, BAD_REQUEST)
-        if code == GuestOperation.ATTESTATION:
-            if length != PAGE or gpa % PAGE:
-                return self._refuse(code, tag, gpa, BAD_REQUEST)
-            try:
-                self._attest(gpa)
-            except FirmwareError as refusal:
-                return self._refuse(code, tag, gpa, int(refusal.status))
-            return ANSWER.pack(MAGIC, VERSION, code, tag, 0, gpa, 0)
-        if code == GuestOperation.SECURE_CALL:
-            return self._refuse(code, tag, gpa, int(FirmwareStatus.UNSUPPORTED))
         if code == GuestOperation.INFO:
             policy, generation = self._info()
             return ANSWER.pack(MAGIC, VERSION, code, tag, 0, policy, generation)
-        return self._refuse(code, tag, gpa, BAD_REQUEST)
+        if code not in self._pages:
+            return self._refuse(code, tag, gpa, BAD_REQUEST)
+        work = self._pages[GuestOperation(code)]
+        if work is None:
+            return self._refuse(code, tag, gpa, int(FirmwareStatus.UNSUPPORTED))
+        if length != PAGE or gpa % PAGE:
+            return self._refuse(code, tag, gpa, BAD_REQUEST)
+        try:
+            work(gpa)
+        except FirmwareError as refusal:
+            return self._refuse(code, tag, gpa, int(refusal.status))
+        return ANSWER.pack(MAGIC, VERSION, code, tag, 0, gpa, 0)
 
     def _refuse(self, code: int, tag: int, gpa: int, status: int) -> bytes:
         self.refused += 1

@@ -20,7 +20,7 @@ from typing import IO, Final, Literal
 
 from csvfast.errors import ArgumentError, StateError
 
-__all__ = ["Accelerator", "QemuProcess", "choose_accelerator", "find_bios", "find_qemu", "kvm_works", "low_memory"]
+__all__ = ["Accelerator", "QemuProcess", "choose_accelerator", "find_bios", "find_qemu", "kvm_works", "low_memory", "ram_ranges"]
 
 Accelerator = Literal["tcg", "kvm", "auto"]
 
@@ -28,6 +28,7 @@ CONSOLE_BYTES: Final = 4 << 20  # kept for console(); the stream gets everything
 STDERR_BYTES: Final = 64 << 10
 _LOW_MAX: Final = 0xB0000000  # q35: from this size on, RAM below 4 GiB ends at 2 GiB (QEMU hw/i386/pc_q35.c)
 _LOW_SPLIT: Final = 0x80000000
+_FOUR_GIB: Final = 1 << 32
 
 # In a process between the two: preexec_fn is not safe in a program with threads. Arguments: our process ID, the program's.
 _LAUNCHER: Final = """
@@ -103,6 +104,12 @@ def choose_accelerator(wanted: str, program: str) -> Literal["tcg", "kvm"]:
 def low_memory(size: int) -> int:
     """Bytes of a q35 machine's RAM below 4 GiB; the rest begins at 4 GiB."""
     return size if size < _LOW_MAX else _LOW_SPLIT
+
+
+def ram_ranges(size: int) -> list[tuple[int, int, int]]:
+    """Where a q35 machine has its RAM: (guest physical address, offset in the RAM, bytes)."""
+    low = low_memory(size)
+    return [(0, 0, low), (_FOUR_GIB, low, size - low)] if size > low else [(0, 0, low)]
 
 
 class QemuProcess:

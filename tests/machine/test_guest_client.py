@@ -525,7 +525,7 @@ def test_frame_is_the_hosts() -> None:
         with pytest.raises(FormatError, match="malformed"):
             channel.call(ChannelOperation.ATTESTATION, 0x1001, PAGE)
         with pytest.raises(FirmwareError, match="UNSUPPORTED"):
-            channel.call(ChannelOperation.RTMR, 0x1000, 32)
+            channel.call(ChannelOperation.SECURE_CALL, 0x1000, PAGE)
         assert channel.info() == (0x65, 2)
     host.stop()
     assert asked == [0x1000, 0x2000]

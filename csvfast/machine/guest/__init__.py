@@ -12,6 +12,7 @@ from __future__ import annotations
 from csvfast.machine.guest.channel import CHANNEL, ChannelOperation, ProcessorChannel
 from csvfast.machine.guest.client import GuestDevice
 from csvfast.machine.guest.page import RequestPage
+from csvfast.machine.guest.secure_call import SecureCallPages, SecureCallTransport
 from csvfast.machine.guest.transport import ChannelTransport, DeviceTransport, SocketTransport, Transport
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "GuestDevice",
     "ProcessorChannel",
     "RequestPage",
+    "SecureCallPages",
+    "SecureCallTransport",
     "SocketTransport",
     "Transport",
 ]

@@ -19,6 +19,8 @@ from csvfast.machine.guest.device import CUSE, CuseDevice, DeviceRequests, Socke
 from csvfast.machine.guest.transport import DEVICE, SOCKET
 from csvfast.report.build import client_report
 
+WORKING = 2  # csvfast.processor.rtmr.RtmrState
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python3 -m csvfast.machine.guest", description=(__doc__ or "").splitlines()[0])
@@ -31,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     sealing = commands.add_parser("sealing-key", help="the sealing key, into a new file of mode 0600")
     sealing.add_argument("--out", type=Path, required=True)
     commands.add_parser("rtmr", help="the run-time measurement registers (CSV3)")
+    extend = commands.add_parser("extend", help="extend a register, which is started when it has to be")
+    extend.add_argument("register", type=int, help="1 to 4")
+    extend.add_argument("digest", metavar="HEX", help="32 bytes")
     serve = commands.add_parser("serve", help=f"be {DEVICE} for other programs")
     serve.add_argument("--socket", type=Path, help=f"a socket instead of the device; default without CUSE: {SOCKET}")
     return parser
@@ -41,10 +46,7 @@ def _run(options: argparse.Namespace) -> None:
     path = find_port() if options.command == "serve" and options.device is None else options.device
     with GuestDevice.open(path) as device:
         if options.command == "report":
-            try:
-                data = bytes.fromhex(options.data)
-            except ValueError:
-                raise ArgumentError("--data: expected hexadecimal digits") from None
+            data = _bytes("--data", options.data)
             page = client_report(device.report(data, extended=options.extended).emitted.ljust(4096, b"\0"))
             if options.out is None:
                 print(base64.b64encode(page).decode())
@@ -64,8 +66,20 @@ def _run(options: argparse.Namespace) -> None:
             print(f"version {version}, state {state}")
             for number, value in device.rtmr_read().items():
                 print(f"{number} {value.hex()}")
+        elif options.command == "extend":
+            digest = _bytes("HEX", options.digest)
+            if device.rtmr_status()[1] != WORKING:
+                device.rtmr_start()
+            device.rtmr_extend(options.register, digest)
         else:
             _serve(device, options.socket)
+
+
+def _bytes(name: str, text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise ArgumentError(f"{name}: expected hexadecimal digits") from None
 
 
 def _serve(device: GuestDevice, path: Path | None) -> None:

@@ -12,8 +12,9 @@ Both directions, 32 bytes, little-endian:
      24    8  0                                    value
 
     1 ATTESTATION   the request page at the address is answered in place
-    2 RTMR          the same for an RTMR request
+    2 SECURE_CALL   a CSV3 guest has reached the page of its pair at the address, and finds it hidden
     3 INFO          address: the guest's policy word, value: 1 CSV, 2 CSV2, 3 CSV3. The host's word: nothing is proved by it
+    4 FLUSH         the page at the address is written to the DRAM and leaves the window, as CLFLUSH does to a line of a cache
 
 What the host sees of a page is its ciphertext; that it has the right page answered is proved by the answer (MAC and mnonce).
 
@@ -50,8 +51,9 @@ class ChannelOperation(IntEnum):
     """What is asked for."""
 
     ATTESTATION = 1
-    RTMR = 2
+    SECURE_CALL = 2
     INFO = 3
+    FLUSH = 4
 
 
 def find_port(name: str = CHANNEL) -> str:

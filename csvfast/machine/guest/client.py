@@ -29,6 +29,7 @@ from csvfast.errors import (
 )
 from csvfast.machine.guest.channel import ProcessorChannel
 from csvfast.machine.guest.page import RequestPage
+from csvfast.machine.guest.secure_call import SecureCallPages, SecureCallTransport
 from csvfast.machine.guest.transport import (
     DEVICE,
     SOCKET,
@@ -59,6 +60,7 @@ _RTMR_FIXED: Final = 32
 _RTMR_BYTES: Final = 32
 _RTMR_COUNT: Final = 5
 _STATUS, _START, _READ, _EXTEND = 1, 2, 3, 4
+_CSV3: Final = 3  # generation, as the channel's INFO names it
 RtmrStatus = tuple[int, int]
 
 
@@ -79,17 +81,18 @@ class GuestDevice:
         """Over a device, a helper's socket or a virtio port, told apart by what it is.
 
         In: path  None = /dev/csv-guest when it is there, else the helper's socket, else the channel itself
-        Raises OSError: nothing of the kind is there, or not for this user.
+        Raises OSError: nothing of the kind is there, or not for this user; over the channel also what ProcessorChannel.info()
+            does, and StateError: a CSV3 guest without secure call pages.
         """
         if path is None:
             path = DEVICE if Path(DEVICE).exists() else SOCKET if Path(SOCKET).is_socket() else None
         transport: Transport
         if path is None:
-            transport = ChannelTransport(ProcessorChannel())
+            transport = _over_channel(ProcessorChannel())
         elif Path(path).is_socket():
             transport = SocketTransport(path)
         elif "vport" in Path(path).resolve().name or Path(path).parent.name == "virtio-ports":
-            transport = ChannelTransport(ProcessorChannel(path))
+            transport = _over_channel(ProcessorChannel(path))
         else:
             transport = DeviceTransport(path)
         return cls(transport, certificates)
@@ -194,6 +197,17 @@ class GuestDevice:
 
     def __repr__(self) -> str:
         return f"<GuestDevice over {type(self.transport).__name__}>"
+
+
+def _over_channel(channel: ProcessorChannel) -> Transport:
+    """Which way a guest takes is the host's word; a wrong one leads to no genuine answer."""
+    try:
+        if channel.info()[1] == _CSV3:
+            return SecureCallTransport(channel, SecureCallPages.find())
+    except BaseException:
+        channel.close()
+        raise
+    return ChannelTransport(channel)
 
 
 def _take_key(page: RequestPage, mnonce: bytes) -> tuple[Literal[1, 2], Secret]:

@@ -1,4 +1,5 @@
-"""Three ways for a request page to the processor: the channel itself, a /dev/csv-guest, or our helper's socket.
+"""Ways for a request page to the processor: the channel itself, a /dev/csv-guest, or our helper's socket. A CSV3 guest has
+another one, in secure_call.py.
 
 Sources: anolis-cloud-kernel drivers/virt/coco/csv-guest/csv-guest.c; csvfast.processor.ioctl.
 Thread-safety: one request at a time.
@@ -45,7 +46,7 @@ class Transport(Protocol):
 
 
 class ChannelTransport:
-    """Straight to the host's end of the channel. Needs root: the page's physical address is asked for."""
+    """Straight to the host's end of the channel, for CSV and CSV2 guests. Needs root, for the page's physical address."""
 
     def __init__(self, channel: ProcessorChannel) -> None:
         self.channel = channel
@@ -55,9 +56,9 @@ class ChannelTransport:
         self._call(ChannelOperation.ATTESTATION, page, PAGE)
 
     def rtmr(self, page: RequestPage, subcommand: int, length: int) -> None:
-        """See Transport. The sub-command stands in the page."""
+        """See Transport: refused, since registers are reached by secure calls (secure_call.py) of CSV3 guests alone."""
         del subcommand
-        self._call(ChannelOperation.RTMR, page, length)
+        self._call(ChannelOperation.SECURE_CALL, page, length)
 
     def close(self) -> None:
         """See Transport."""

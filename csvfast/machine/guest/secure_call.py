@@ -1,0 +1,166 @@
+"""A CSV3 guest's way to its processor: a pair of its own pages, one to write and one to read, and the host only sees which.
+
+On the hardware the read of the hidden page faults, and the host answers the fault with UPDATE_NPT. Here the two are one page to
+the guest (docs/virtual-machines.md): it writes a request, tells the host over the channel which page it would have read, and
+reads the answer where the request stood. Which of the two is hidden changes with every call; the wrong one is just not answered.
+
+The pages are found as the kernel finds them: by their GUID, in memory that the kernel was told to keep off.
+
+Sources: anolis-cloud-kernel arch/x86/kernel/csv.c, csv-shared.c, drivers/virt/coco/csv-guest/csv-guest.c;
+csvfast.processor.secure_call has the layout. Thread-safety: one request at a time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from pathlib import Path
+from struct import Struct
+from typing import Final, Self
+from uuid import UUID
+
+from csvfast.errors import FirmwareError, FirmwareStatus, FormatError, StateError
+from csvfast.machine.guest.channel import ChannelOperation, ProcessorChannel
+from csvfast.machine.guest.page import PAGE, RequestPage
+from csvfast.report.request import EXTENDED_BYTES, LEGACY_BYTES, ReportRequest
+
+__all__ = ["SecureCallPages", "SecureCallTransport"]
+
+MEMORY: Final = "/dev/mem"
+REQ_REPORT: Final = 7
+RTMR: Final = 8
+ACK: Final = 0x6B
+
+_GUID: Final = UUID("9a5d926f-2fa5-ceba-ab21-6b275d5556a5").bytes_le
+_WORDS: Final = Struct("<II")
+_WORDS_AT: Final = 16
+_BODY_AT: Final = 32
+_ENTRY: Final = Struct("<QQ")
+_BLOCK: Final = Struct("<IIQ16sIIQII")
+_UNANSWERED: Final = 0xFFFFFFFF
+_RESERVED: Final = re.compile(r"^\s*([0-9a-f]+)-([0-9a-f]+) : Reserved$", re.MULTILINE | re.IGNORECASE)
+_RANGE_MAX: Final = 4 << 20  # a machine's own reserved ranges (configuration space) are larger, and not memory
+_MOVES: Final = 4
+_REFUSALS: Final = {
+    0x6C: FirmwareStatus.RESOURCE_LIMIT,
+    0x6D: FirmwareStatus.INVALID_COMMAND,
+    0x6E: FirmwareStatus.INVALID_PARAM,
+    0x6F: FirmwareStatus.INVALID_ADDRESS,
+    0x70: FirmwareStatus.INVALID_LENGTH,
+}
+
+
+class SecureCallPages:
+    """The pair.
+
+    In: memory   the first page, mapped
+        address  its guest physical address; the second page is behind it
+    """
+
+    def __init__(self, memory: mmap.mmap, address: int) -> None:
+        self.address = address
+        self._memory = memory
+        self._hidden = 1
+
+    @classmethod
+    def find(cls) -> Self:
+        """In the reserved ranges of /proc/iomem, through /dev/mem.
+
+        Raises: StateError: no such pages; OSError: no such device, or not for this user.
+        """
+        descriptor = os.open(MEMORY, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            text = Path("/proc/iomem").read_text(encoding="ascii")
+            for low, high in _RESERVED.findall(text):
+                start, size = int(low, 16), int(high, 16) + 1 - int(low, 16)
+                if start < 1 << 20 or start % PAGE or size % PAGE or not 2 * PAGE <= size <= _RANGE_MAX:
+                    continue
+                with mmap.mmap(descriptor, size, offset=start) as found:
+                    # The page that names the pair may hold the words, too, but not at its start.
+                    place = next((at for at in range(size - 2 * PAGE, -1, -PAGE) if found[at : at + 16] == _GUID), None)
+                if place is not None:
+                    return cls(mmap.mmap(descriptor, PAGE, offset=start + place), start + place)
+        finally:
+            os.close(descriptor)
+        raise StateError("no secure call pages in reserved memory; expected memmap=1M$0xf00000 on the kernel's command line")
+
+    def call(self, channel: ProcessorChannel, request: int, body: bytes, entries: int = 1) -> bytes:
+        """One call. Out: as many bytes as `body` has, as the firmware leaves them.
+
+        Raises: FirmwareError: refused; FormatError: not answered; those of ProcessorChannel.call().
+        """
+        self._memory[_BODY_AT : _BODY_AT + len(body)] = body
+        self._memory[_WORDS_AT : _WORDS_AT + _WORDS.size] = _WORDS.pack(request, entries)
+        for _ in range(2):
+            channel.call(ChannelOperation.SECURE_CALL, self.address + self._hidden * PAGE, PAGE)
+            self._hidden ^= 1
+            answer, _ = _WORDS.unpack(self._memory[_WORDS_AT : _WORDS_AT + _WORDS.size])
+            if answer != request:
+                break
+        if answer in _REFUSALS:
+            raise FirmwareError(_REFUSALS[answer], f"the processor refuses secure call {request}")
+        if answer != ACK:
+            raise FormatError("secure call", "answer", _WORDS_AT, f"{answer:#x}", f"{ACK:#x}")
+        return self._memory[_BODY_AT : _BODY_AT + len(body)]
+
+    def close(self) -> None:
+        """Unmaps the page. Idempotent."""
+        if not self._memory.closed:
+            self._memory.close()
+
+
+class SecureCallTransport:
+    """Requests of a CSV3 guest (csvfast.machine.guest.transport.Transport). Needs root: for /dev/mem, and for pages' addresses.
+
+    Both are closed with it. What the processor reads and writes beside the pair leaves the memory controller's window first, as
+    it would leave a cache, and again afterwards.
+    """
+
+    def __init__(self, channel: ProcessorChannel, pages: SecureCallPages) -> None:
+        self.channel = channel
+        self.pages = pages
+
+    def attestation(self, page: RequestPage) -> None:
+        """See Transport. StateError: the kernel moved the pages each time."""
+        request = page.memory[:]
+        extended = ReportRequest.parse(request).extended
+        length = EXTENDED_BYTES if extended else LEGACY_BYTES
+        with RequestPage() as block:
+            for _ in range(_MOVES):
+                places = (page.address, block.address)
+                block.write(_BLOCK.pack(0, int(extended), places[0], bytes(16), PAGE, 0, places[0], length, _UNANSWERED))
+                self._flush(places)
+                self.pages.call(self.channel, REQ_REPORT, _ENTRY.pack(places[1], _BLOCK.size))
+                self._flush(places)
+                if (page.address, block.address) != places and page.memory[:] == request:
+                    continue  # the firmware was shown another page
+                _check_block(block.memory[: _BLOCK.size])
+                return
+        raise StateError("the kernel moves the request page; expected vm.compact_unevictable_allowed = 0")
+
+    def rtmr(self, page: RequestPage, subcommand: int, length: int) -> None:
+        """See Transport. The sub-command stands in the page."""
+        del subcommand
+        with memoryview(page.memory) as view:
+            view[:length] = self.pages.call(self.channel, RTMR, bytes(view[:length]))
+
+    def close(self) -> None:
+        """See Transport."""
+        self.pages.close()
+        self.channel.close()
+
+    def _flush(self, places: tuple[int, ...]) -> None:
+        for place in places:
+            self.channel.call(ChannelOperation.FLUSH, place, PAGE)
+
+
+def _check_block(block: bytes) -> None:
+    error = _BLOCK.unpack(block)[-1]
+    if error == 0:
+        return
+    try:
+        status = FirmwareStatus(error)
+    except ValueError:
+        raise FormatError("report block", "error", _BLOCK.size - 4, f"{error:#x}", "a status of the firmware") from None
+    raise FirmwareError(status, "the processor refuses ATTESTATION")
