@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 from csvfast._extras import need
 from csvfast.errors import ImageError
+from csvfast.image.descriptor import clear_type, compression
 from csvfast.image.limits import DEFAULT_LIMITS, Budget, Limits
 
 __all__ = ["Readable", "UncompressedLayer", "compression_of", "decompress", "read_ahead_pays"]
@@ -33,22 +34,11 @@ class Readable(Protocol):
 
 
 def compression_of(media_type: str) -> str:
-    """"none", "gzip" or "zstd" for a layer's media type, encrypted or not. Raises ImageError for what is no layer of files."""
-    clear = media_type.removesuffix("+encrypted")
-    head, _plus, suffix = clear.partition("+")
-    if head in (
-        "application/vnd.oci.image.layer.v1.tar",
-        "application/vnd.oci.image.layer.nondistributable.v1.tar",
-        "application/vnd.docker.image.rootfs.diff.tar",
-    ) and suffix in ("", "gzip", "zstd"):
-        return suffix or "none"
-    head, _dot, suffix = clear.rpartition(".")
-    if suffix in ("gzip", "zstd") and head in (
-        "application/vnd.docker.image.rootfs.diff.tar",
-        "application/vnd.docker.image.rootfs.foreign.diff.tar",
-    ):
-        return suffix
-    raise ImageError("layer", f"media type {media_type!r}; expected a tar layer, plain or with gzip or zstd")
+    """"none", "gzip" or "zstd" for a layer's media type, encrypted or not. Raises ImageError for what is no tar."""
+    clear = clear_type(media_type)
+    if ".tar" not in clear:
+        raise ImageError("layer", f"media type {ascii(media_type)[:120]}; expected a tar layer, plain or with gzip or zstd")
+    return compression(media_type)
 
 
 def read_ahead_pays() -> bool:
@@ -118,11 +108,11 @@ def decompress(
     Raises ImageError for another media type; MissingExtraError for zstd without its package.
     """
     budget = Budget(limits) if isinstance(limits, Limits) else limits
-    compression = media_type if media_type in ("none", "gzip", "zstd") else compression_of(media_type)
+    how = media_type if media_type in ("none", "gzip", "zstd") else compression_of(media_type)
     make: Callable[[Readable, Limits], Iterator[bytes]]
-    if compression == "gzip":
+    if how == "gzip":
         make = _gunzip
-    elif compression == "zstd":
+    elif how == "zstd":
         need("zstd", "zstandard")
         make = _unzstd
     else:

@@ -6,7 +6,6 @@ image-spec config.md. The configuration is public and comes from strangers; here
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,23 +13,14 @@ from typing import Any, Final, NoReturn
 
 from csvfast.errors import ImageError
 from csvfast.image.limits import DEFAULT_LIMITS, Limits
+from csvfast.image.manifest import host_architecture
 
-__all__ = ["ImageConfiguration", "check_platform", "host_architecture"]
+__all__ = ["ImageConfiguration", "check_platform"]
 
 _SUBJECT: Final = "image configuration"
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
-_ARCHITECTURES: Final = {
-    "x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386", "i386": "386", "riscv64": "riscv64",
-    "ppc64le": "ppc64le", "s390x": "s390x", "loongarch64": "loong64", "mips64": "mips64le",
-}  # fmt: skip
 _ITEMS: Final = 4096
 _TEXT: Final = 128 << 10  # the kernel's limit for one argument
-
-
-def host_architecture() -> str:
-    """This machine's architecture in the words of images: "amd64", "arm64"."""
-    machine = os.uname().machine
-    return _ARCHITECTURES.get(machine, machine)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Layers become a tree: image-spec layer.md, and the same tree that umoci makes of them.
 
-(github.com/opencontainers/umoci, oci/layer/tar_extract.go.) What is refused: names that leave the root, anything through a special file, hard links to what is not there, device nodes unless
-they are allowed, attributes that change how an overlay or a file system of ours reads the tree, everything beyond the limits.
+What is refused: names that leave the root, anything below what is no directory, hard links to what is not there, device nodes
+unless they are allowed, attributes that change how an overlay or a store of ours reads the tree, everything beyond the limits.
+Source for what the specification leaves open: github.com/opencontainers/umoci, oci/layer/tar_extract.go.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ _ID_LIMIT: Final = 0xFFFF_FFFF
 _GROUPS: Final = 65_536  # NGROUPS_MAX
 
 ReadFile = Callable[[str, int], "bytes | None"]
-"""(path in the container, limit in bytes) -> the file's bytes, or None when there is none. Must not leave the container's tree."""
+"""(path in the container, limit in bytes) -> the file's bytes, or None: there is none. Must not leave the container's tree."""
 
 
 class User(NamedTuple):
