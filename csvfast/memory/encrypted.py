@@ -113,7 +113,12 @@ class EncryptedMemory(_core.Engine):
                 if not size:
                     raise errors.LengthError(f"size is {size}; expected a positive multiple of 4096")
                 # Real blocks, not a hole: a full disk must show here, not as SIGBUS in the middle of a write.
-                os.posix_fallocate(descriptor, 0, offset + size)
+                try:
+                    os.posix_fallocate(descriptor, 0, offset + size)
+                except OSError as error:
+                    free = os.fstatvfs(descriptor)
+                    room = f"{offset + size} bytes are needed, {free.f_bavail * free.f_frsize} are free"
+                    raise OSError(error.errno, f"{os.strerror(error.errno)}: {room}", os.fspath(path)) from None
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise errors.ArgumentError(f"{path} is not a regular file")
