@@ -57,7 +57,7 @@ def run(
         Path | None, typer.Option("--state", metavar="DIR", help="A simulated chip. Default: a new one, gone afterwards.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Guest policy. Default: the session's, or 1.")
+        str | None, typer.Option(metavar="NUMBER", help="Guest policy; 0x45: CSV3. Default: the session's, or 1.")
     ] = None,
     session: Annotated[
         Path | None, typer.Option("--session", metavar="DIR", help="Made by `guest session`: the owner's keys.")
@@ -79,17 +79,22 @@ def run(
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", metavar="SECONDS", help="Then the machine is killed: exit code 137.")
     ] = None,
+    silent_init: Annotated[
+        bool, typer.Option("--silent-init", help="The guest's init reports no code: that it switched off is success.")
+    ] = False,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="For the other commands.")] = None,
 ) -> None:
     """Measure, launch and run a guest; its console is the standard output, its exit code this command's.
 
-    The guest's init reports its code by a line `guest: exit N`; a machine that ends without one gives QEMU's own. Ctrl-C ends it.
+    The guest's init reports its code by a line `guest: exit N`. A machine that switches itself off without one has failed (exit
+    code 3), unless --silent-init says that its init never reports. Ctrl-C ends it.
     """
     from contextlib import ExitStack
 
     from csvfast.cli.guest_inputs import parse_bytes, parse_policy, read_secret
     from csvfast.cli.machines import refusals
     from csvfast.machine.vm import CsvVm
+    from csvfast.machine.vm_csv3 import dram_bytes, with_secure_calls
     from csvfast.machine.vm_door import VmDoor
     from csvfast.machine.vm_qemu import find_bios
     from csvfast.processor import pack_disk_password
@@ -115,7 +120,10 @@ def run(
         vcpus=vcpus,
         force_hash_table=force_hash_table or firmware is None,
     )
+    plan = with_secure_calls(plan)
     room = size + bios.stat().st_size + (vcpus << 12) + (4 << 20)
+    if word.csv3:
+        room = dram_bytes(plan, bios.stat().st_size)
     with ExitStack() as stack:
         stack.enter_context(refusals())
         made = dram is not None and not dram.exists()
@@ -164,6 +172,11 @@ def run(
             print(complaints, file=sys.stderr)
         if machine.timed_out:
             print(f"csvfast: the time limit of {time_limit} s has ended the machine", file=sys.stderr)
+        elif code == 0 and machine.reported is None and not (machine.stop_requested or silent_init):
+            raise CommandError(
+                "the guest switched off without `guest: exit N` on its console; expected that line, or --silent-init",
+                ExitCode.ENVIRONMENT,
+            )
     code = ExitCode.ENVIRONMENT if code is None else code
     raise typer.Exit(_SIGNAL - code if code < 0 else code)
 

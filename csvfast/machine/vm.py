@@ -26,7 +26,7 @@ from csvfast._runtime import get_library
 from csvfast.errors import AddressError, ArgumentError, StateError, VerificationError
 from csvfast.machine.vm_channel import PORT_NAME, GuestChannel
 from csvfast.machine.vm_control import MemoryControl
-from csvfast.machine.vm_csv3 import check_reservation
+from csvfast.machine.vm_csv3 import check_policy
 from csvfast.machine.vm_files import RunDirectory, check_kernel, check_room, seal_file
 from csvfast.machine.vm_qemu import QemuProcess, choose_accelerator, find_qemu, ram_ranges
 from csvfast.machine.vm_requests import GuestRequests
@@ -100,7 +100,7 @@ class CsvVm:
         name: str | None = None,
         root: Path | None = None,
     ) -> None:
-        check_reservation(plan)
+        check_policy(plan)
         if secret is not None and plan.policy.csv3:
             raise ArgumentError("a secret is given for a CSV3 guest; expected a CSV or CSV2 guest")
         if plan.memory_size < MEMORY_MIN or plan.memory_size % MEBIBYTE:

@@ -9,16 +9,19 @@ Thread-safety: functions without state.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from csvfast.errors import ArgumentError
+from csvfast.measure.source import Source
 from csvfast.processor.core import PAGE
+from csvfast.processor.secure_call import boot_pages
 from csvfast.processor.vmm_csv3 import SMCR_BYTES, SMR_ENTRY_BYTES, private_bytes
 
 if TYPE_CHECKING:
     from csvfast.processor.vmm import GuestPlan
 
-__all__ = ["RESERVATION", "SECURE_CALLS", "check_reservation", "dram_bytes"]
+__all__ = ["RESERVATION", "SECURE_CALLS", "check_policy", "check_reservation", "dram_bytes", "with_secure_calls"]
 
 # Between what a direct boot loads (from 1 MiB on) and where the kernel runs (16 MiB), with room on both sides: pages beside them
 # that were read ahead are nobody's.
@@ -27,6 +30,7 @@ RESERVATION: Final = "memmap=1M$0xf00000"
 
 _MEMMAP: Final = re.compile(r"(?:^|[\s,=])(0x[0-9a-fA-F]+|\d+)([KMG]?)\$(0x[0-9a-fA-F]+|\d+)([KMG]?)(?=$|[\s,])")
 _UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30}
+_TAIL_BYTES: Final = 1 << 16
 _REST_BYTES: Final = 8 << 20  # parameter blocks, TMR, buffers beside the firmware's
 
 
@@ -43,6 +47,30 @@ def check_reservation(plan: GuestPlan) -> None:
         f"the kernel would use the secure call pages at {start:#x}; expected memmap=SIZE$START around them on its command line, "
         f"as {RESERVATION} for {SECURE_CALLS:#x}"
     )
+
+
+def check_policy(plan: GuestPlan) -> None:
+    """Raises ArgumentError for what no CSV3 guest can be; other guests pass."""
+    if not plan.policy.csv3:
+        if plan.secure_calls is not None:
+            raise ArgumentError("secure_calls is given, but the policy does not ask for CSV3")
+        return
+    if not plan.policy.es:
+        raise ArgumentError(f"policy {plan.policy.value:#x} asks for CSV3 without ES; expected both, as 0x45")
+    check_reservation(plan)
+
+
+def with_secure_calls(plan: GuestPlan) -> GuestPlan:
+    """The plan of a CSV3 guest, with SECURE_CALLS and RESERVATION when its firmware names no pages. Raises SourceError."""
+    if not plan.policy.csv3 or plan.secure_calls is not None:
+        return plan
+    with Source(plan.firmware) as source:
+        tail = bytearray(min(source.size or 0, _TAIL_BYTES))
+        with memoryview(tail) as view:
+            source.read_at(view, (source.size or 0) - len(tail))
+    if boot_pages(bytes(tail)) is not None:
+        return plan
+    return replace(plan, secure_calls=SECURE_CALLS, append=f"{plan.append or ''} {RESERVATION}".strip())
 
 
 def dram_bytes(plan: GuestPlan, firmware_size: int) -> int:

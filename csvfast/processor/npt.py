@@ -42,6 +42,7 @@ FAULT_WRITE: Final = 1 << 1
 FAULT_USER: Final = 1 << 2
 # Nested page table of n pages: at most 9 n bytes (csv.c, csv3_set_guest_private_memory).
 _TABLE_BYTES_PER_PAGE: Final = 9
+_PLACES_END: Final = (3 << 30) // PAGE
 
 
 class NestedPageFault(CsvfastError):  # noqa: N818  (the manual's word for what the hardware raises)
@@ -143,7 +144,9 @@ class FramePool:
             self.free += usable
 
     def place_of(self, gfn: int) -> int | None:
-        """The frame at a guest page's own place; None beyond the private memory."""
+        """The frame at a guest page's own place; None beyond the private memory, and where PCs have devices and firmware."""
+        if gfn >= _PLACES_END:
+            return None
         for first, count in self._regions:
             if gfn < count:
                 return first + gfn

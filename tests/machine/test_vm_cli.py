@@ -72,10 +72,19 @@ def machine(place: Path, initrd: Path, *more: str) -> Iterator[subprocess.Popen[
 
 def test_run(place: Path, initrd: Path, tmp_path: Path) -> None:
     dram = tmp_path / "dram"
-    done = run("run", *options(initrd, f"{APPEND} work=1 rounds=1"), "--dram", dram)
+    done = run("run", *options(initrd, f"{APPEND} work=1 rounds=1"), "--dram", dram, "--silent-init")
     assert done.returncode == 0, done.stderr
     assert "guest: text written" in done.stdout
     assert not dram.exists()
+    assert list(place.iterdir()) == []
+
+
+def test_switched_off_without_a_word(place: Path, initrd: Path) -> None:
+    """This init reports no exit code: what went on in the guest is not known, and not a success."""
+    done = run("run", *options(initrd, f"{APPEND} work=1 rounds=1"))
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert "the guest switched off without `guest: exit N`" in done.stderr
+    assert "guest: text written" in done.stdout
     assert list(place.iterdir()) == []
 
 
