@@ -58,7 +58,9 @@ class Source:
     """One open thing to measure. Use as a context manager.
 
     Args: path: a file, block device or pipe, or "-" for standard input. access: "read" or "mmap" (regular files only).
-    Attributes: path: as shown to people. access: as given. size: bytes, or None for a stream.
+        streams: False refuses what has no size (pipes, terminals, /dev/zero) without waiting for it.
+    Attributes: path: as shown to people. access: as given. size: bytes, or None for a stream. status: of the file as it was
+        opened.
     Raises: SourceNotFoundError, SourceUnreadableError, SourceKindError.
     Thread-safety: `read_at` may be called from many threads at once; everything else from one.
     """
@@ -67,16 +69,18 @@ class Source:
     access: Access
     size: int | None
 
-    def __init__(self, path: AnyPath, *, access: Access = "read") -> None:
+    def __init__(self, path: AnyPath, *, access: Access = "read", streams: bool = True) -> None:
         if access not in ("read", "mmap"):
             raise ParameterError(f"access is {access!r}; expected 'read' or 'mmap'")
         self.path = os.fspath(path)
         self.access = access
         self._is_stdin = self.path == STDIN
-        self._fd = _open(self.path)
+        self._fd = _open(self.path, 0 if streams else os.O_NONBLOCK)
         try:
             self._before = os.fstat(self._fd)
             self.size = self._find_size()
+            if self.size is None and not streams:
+                raise SourceKindError(f"{self.path}: has no end that is known; expected a file or a block device")
         except BaseException:
             os.close(self._fd)
             raise
@@ -99,6 +103,33 @@ class Source:
     def seekable(self) -> bool:
         """True when `read_at` works and `size` is known."""
         return self.size is not None
+
+    @property
+    def status(self) -> os.stat_result:
+        """Of the file as it was opened."""
+        return self._before
+
+    def map(self, offset: int, length: int) -> mmap.mmap:
+        """A part of a regular file, mapped and faulted in. offset: a multiple of the page size.
+
+        A file that is truncated while the mapping is used ends the process with SIGBUS.
+        Raises: SourceTruncatedError, SourceUnreadableError.
+        """
+        if os.fstat(self._fd).st_size < offset + length and stat.S_ISREG(self._before.st_mode):
+            raise SourceTruncatedError(
+                f"{self.path}: is shorter than its {self.size} bytes: it shrank while it was measured"
+            )
+        try:
+            return mmap.mmap(
+                self._fd, length, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ, offset=offset
+            )
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Lets the kernel begin to read a part of the file."""
+        with suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def same_file(self, path: AnyPath) -> bool:
         """True when path names the file this source reads."""
@@ -226,17 +257,7 @@ class Source:
         window = max(MAP_WINDOW_BYTES // step, 1) * step
         for offset in range(0, self.size, window):
             count = min(window, self.size - offset)
-            if os.fstat(self._fd).st_size < offset + count and stat.S_ISREG(self._before.st_mode):
-                raise SourceTruncatedError(
-                    f"{self.path}: is shorter than its {self.size} bytes: it shrank while it was measured"
-                )
-            try:
-                mapping = mmap.mmap(
-                    self._fd, count, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ, offset=offset
-                )
-            except OSError as error:
-                raise _unreadable(self.path, error) from error
-            with mapping, memoryview(mapping) as view:
+            with self.map(offset, count) as mapping, memoryview(mapping) as view:
                 for start in range(0, count, chunk_bytes):
                     with view[start : start + chunk_bytes] as piece:
                         yield piece
@@ -262,13 +283,13 @@ def total_size(paths: Iterable[AnyPath]) -> int | None:
     return total
 
 
-def _open(path: str) -> int:
+def _open(path: str, flags: int) -> int:
     if path == STDIN and sys.__stdin__ is None:  # closed when the program began: number 0 may be any file opened since
         raise SourceUnreadableError("-: cannot be read: standard input is closed")
     try:
         if path == STDIN:
             return os.dup(0)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | flags)
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"{path}: no such file") from error
     except OSError as error:

@@ -1,0 +1,234 @@
+"""Linear digests of many sources in one core: each source is a stream of its own, and the streams share vector registers.
+
+One linear SM3 is serial, and uses a fraction of what a core can do; sixteen or thirty-two of them side by side take hardly longer
+than one. Small local files are opened, read and hashed without the GIL, hundreds in one call; everything else is read piece by
+piece into one buffer for each lane, and a lane whose source ends is given to the next. Memory: ROOM_BYTES and LANES pieces.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from csvfast import _core
+from csvfast.measure.fleet.providers import FileSource, Readable, error_of, open_item
+from csvfast.measure.fleet.rows import Identity, Item, Row
+from csvfast.measure.fleet.tasks import Step, StoppedError
+from csvfast.measure.source import Access
+
+__all__ = ["LANES", "SMALL_BYTES", "measure_lanes"]
+
+LANES: Final = 32
+SMALL_BYTES: Final = 256 << 10
+ROOM_BYTES: Final = 4 << 20
+CALL_FILES: Final = 512
+PIECE_BYTES: Final = 128 << 10
+LONE_PIECE_BYTES: Final = 1 << 20
+WINDOW_BYTES: Final = 1 << 20
+READ_AHEAD_BYTES: Final = 4 << 20
+
+
+def measure_lanes(items: Sequence[Item], step: Step | None, worker: str, access: Access = "read") -> Iterator[tuple[int, Row]]:
+    """Rows of items of mode "linear", each with the item's place in the list, in the order in which they end.
+
+    Raises only what `step` raises. Thread-safety: safe from any thread.
+    """
+    small = [
+        place
+        for place, item in enumerate(items)
+        if not item.provider and item.content == "file" and item.size is not None and item.size <= SMALL_BYTES
+    ]
+    left = sorted(set(range(len(items))).difference(small), key=lambda place: -(items[place].size or 0))
+    for start in range(0, len(small), CALL_FILES):
+        places = small[start : start + CALL_FILES]
+        for place, row in zip(places, _small_rows([items[place] for place in places], worker), strict=True):
+            if row is None:
+                left.append(place)
+            else:
+                yield place, row
+        if step is not None:
+            step(sum(items[place].size or 0 for place in places))
+    if left:
+        yield from _Crowd(items, left, step, worker, access).rows()
+
+
+_rooms = threading.local()
+
+
+def _room() -> bytearray:
+    room: bytearray | None = getattr(_rooms, "room", None)
+    if room is None:
+        room = _rooms.room = bytearray(ROOM_BYTES)
+    return room
+
+
+def _small_rows(items: Sequence[Item], worker: str) -> Iterable[Row | None]:
+    started = time.time()
+    before = time.perf_counter()
+    try:
+        names = [os.fsencode(item.location) for item in items]
+        results = _core.sm3_small_files(names, _room(), SMALL_BYTES)
+    except (TypeError, ValueError):  # a path that cannot be one: the other way says which, and why
+        return [None] * len(items)
+    took = (time.perf_counter() - before) / max(sum(result[1] for result in results if result is not None), 1)
+    return [
+        None
+        if result is None
+        else Row(
+            item.name,
+            "linear",
+            "file",
+            item.options.text(),
+            result[0].hex(),
+            result[1],
+            Identity(*result[1:]),
+            None,
+            None,
+            item.expect,
+            0,
+            started,
+            result[1] * took,
+            worker,
+        )
+        for item, result in zip(items, results, strict=True)
+    ]
+
+
+class _Lane:
+    """A source under way."""
+
+    def __init__(self, place: int, item: Item, source: Readable, *, mapped: bool) -> None:
+        self.place = place
+        self.item = item
+        self.source = source
+        self.sm3 = _core.sm3()
+        self.done = 0
+        self.started = time.time()
+        self.seconds = 0.0
+        self._buffer = bytearray()
+        self._advised = 0
+        self._mapped = source if mapped and isinstance(source, FileSource) else None
+        self._mapping: mmap.mmap | None = None
+
+    def piece(self, most: int) -> memoryview:
+        """The next bytes, at most so many; valid until the next call or `release`."""
+        count = min(most, self.source.size - self.done)
+        if self._mapped is not None and count:
+            window = min(WINDOW_BYTES, self.source.size - self.done)
+            self._mapping = self._mapped.map(self.done, window)
+            self.done += window
+            return memoryview(self._mapping)
+        if len(self._buffer) < count:
+            self._buffer = bytearray(count)
+        view = memoryview(self._buffer)[:count]
+        if isinstance(self.source, FileSource) and self.source.size - self._advised > most and self._advised <= self.done:
+            self._advised = self.done + READ_AHEAD_BYTES
+            self.source.will_need(self._advised, READ_AHEAD_BYTES)
+        self.source.read_at(view, self.done)
+        self.done += count
+        return view
+
+    def release(self) -> None:
+        """Gives a mapped window back."""
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+
+    def row(self, worker: str) -> Row:
+        """Of a source that has been hashed to its end."""
+        self.source.check_unchanged()
+        item = self.item
+        return Row(
+            item.name,
+            "linear",
+            item.content,
+            item.options.text(),
+            self.sm3.hexdigest(),
+            self.done,
+            self.source.identity,
+            expect=item.expect,
+            started=self.started,
+            seconds=self.seconds,
+            worker=worker,
+        )
+
+
+class _Crowd:
+    """Lanes that are refilled from a list."""
+
+    def __init__(self, items: Sequence[Item], places: Iterable[int], step: Step | None, worker: str, access: Access) -> None:
+        self._items = items
+        self._places = iter(places)
+        self._step = step
+        self._worker = worker
+        self._access = access
+        self._live: list[_Lane] = []
+
+    def rows(self) -> Iterator[tuple[int, Row]]:
+        try:
+            while True:
+                yield from self._refill()
+                if not self._live:
+                    return
+                yield from self._round()
+        finally:
+            for lane in self._live:
+                lane.release()
+                lane.source.close()
+
+    def _refill(self) -> Iterator[tuple[int, Row]]:
+        while len(self._live) < LANES:
+            place = next(self._places, None)
+            if place is None:
+                return
+            item = self._items[place]
+            started = time.time()
+            try:
+                source = open_item(item, self._access)
+            except Exception as error:
+                yield place, Row.failed(item, *error_of(error), started=started, worker=self._worker)
+            else:
+                self._live.append(_Lane(place, item, source, mapped=self._access == "mmap"))
+
+    def _round(self) -> Iterator[tuple[int, Row]]:
+        before = time.perf_counter()
+        most = PIECE_BYTES if len(self._live) > 2 else LONE_PIECE_BYTES
+        ready: list[_Lane] = []
+        pieces: list[memoryview] = []
+        ended: list[tuple[int, Row]] = []
+        for lane in list(self._live):
+            try:
+                pieces.append(lane.piece(most))
+                ready.append(lane)
+            except Exception as error:
+                ended.append(self._end(lane, Row.failed(lane.item, *error_of(error), started=lane.started, worker=self._worker)))
+        _core.sm3_update_many([lane.sm3 for lane in ready], pieces)
+        total = sum(map(len, pieces))
+        took = (time.perf_counter() - before) / max(total, 1)
+        for lane, piece in zip(ready, pieces, strict=True):
+            lane.seconds += len(piece) * took
+            piece.release()
+            lane.release()
+        del pieces
+        yield from ended
+        if self._step is not None:
+            self._step(total)
+        for lane in ready:
+            if lane.done == lane.source.size:
+                try:
+                    row = lane.row(self._worker)
+                except StoppedError:
+                    raise
+                except Exception as error:
+                    row = Row.failed(lane.item, *error_of(error), started=lane.started, worker=self._worker)
+                yield self._end(lane, row)
+
+    def _end(self, lane: _Lane, row: Row) -> tuple[int, Row]:
+        self._live.remove(lane)
+        lane.release()
+        lane.source.close()
+        return lane.place, row
