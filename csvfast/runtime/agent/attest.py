@@ -1,0 +1,64 @@
+"""Where the agent's evidence comes from: the processor's channel in a virtual machine, or the socket of a simulated platform.
+
+HSK and CEK are public, and whoever verifies the evidence checks them against a root: the host may hand them over.
+Thread-safety: any thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from csvfast.errors import ContainerError, CsvfastError
+
+if TYPE_CHECKING:
+    from csvfast.ratstls.attester import Attester
+    from csvfast.report.evidence import Evidence
+
+__all__ = ["CertifiedAttester", "guest_attester", "platform_attester"]
+
+
+class CertifiedAttester:
+    """Evidence with HSK and CEK beside it.
+
+    In: make   gives the attester when it is first needed
+    Attributes: certificates: HSK and CEK, 2916 bytes; None = those that the attester finds itself. asked, seconds: how often it
+        was asked, and how long that took.
+    """
+
+    def __init__(self, make: Callable[[], Attester], timed: Callable[[str, float], None]) -> None:
+        self.certificates: bytes | None = None
+        self._make = make
+        self._timed = timed
+        self._attester: Attester | None = None
+
+    def evidence(self, report_data: bytes) -> Evidence:
+        """See csvfast.ratstls.Attester. ContainerError "attestation": no report."""
+        import time
+
+        begin = time.monotonic()
+        try:
+            if self._attester is None:
+                self._attester = self._make()
+            found = self._attester.evidence(report_data)
+            if found.hsk_cek is None and self.certificates is not None:
+                found = found.with_certificates(self.certificates)
+        except (CsvfastError, OSError) as problem:
+            raise ContainerError("attestation", f"no report: {problem}") from problem
+        self._timed("report", time.monotonic() - begin)
+        return found
+
+
+def guest_attester(path: str | None = None) -> Attester:
+    """Of a virtual machine. In: path   of the channel's port; None = as GuestDevice.open finds one"""
+    from csvfast.machine.guest import GuestDevice
+
+    return GuestDevice.open(path)
+
+
+def platform_attester(report: str, handle: int, vcpu: str | None) -> Attester:
+    """Of a guest of the simulated platform. In: report, vcpu   paths of its sockets"""
+    from csvfast.ratstls.attester import SocketAttester
+
+    return SocketAttester(os.fspath(report), handle, vcpu_path=vcpu)

@@ -1,0 +1,155 @@
+"""The way to a broker's keys: Verdictd's door or the KBS, behind one interface.
+
+    with open_door(configuration, attester, timed) as door:
+        private = door.unwrap(layer)                   # a layer's private options, out of its packets
+
+The TLS key is made here, the report is about it, the certificate holds both; the broker decides. A connection is made with the
+first layer; keys are wiped when the door is closed.
+
+Thread-safety: any thread; requests follow one another.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from csvfast.errors import AttestedTlsError, BrokerError, ContainerError, CsvfastError, ImageError
+
+if TYPE_CHECKING:
+    from csvfast.crypto import Secret
+    from csvfast.image.descriptor import Descriptor
+    from csvfast.ratstls.attester import Attester
+    from csvfast.runtime.agent.configuration import AgentConfiguration
+
+__all__ = ["Door"]
+
+
+class Door:
+    """See the module. In: timed   gets steps and their seconds"""
+
+    def __init__(
+        self, configuration: AgentConfiguration, attester: Attester, timed: Callable[[str, float], None] = lambda *_: None
+    ) -> None:
+        self._configuration = configuration
+        self._attester = attester
+        self._timed = timed
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._wrapper: Any = None
+
+    def unwrap(self, layer: Descriptor) -> Secret:
+        """Private options of an encrypted layer.
+
+        ContainerError: "attestation", "broker": no proof, or no key; ImageError: its packets are none that a broker opens.
+        """
+        from csvfast.image.keys import unwrap_any
+
+        with self._lock:
+            if self._wrapper is None:
+                self._connect()
+            begin = time.monotonic()
+            try:
+                return unwrap_any(layer, [self._wrapper])
+            except ImageError as problem:
+                cause = problem.__cause__
+                of_broker = (BrokerError, AttestedTlsError, OSError)
+                if isinstance(cause, ExceptionGroup) and any(isinstance(one, of_broker) for one in cause.exceptions):
+                    raise ContainerError("broker", str(problem)) from problem
+                raise
+            finally:
+                self._timed("unwrap", time.monotonic() - begin)
+
+    def close(self) -> None:
+        """Wipes keys, ends the connection. Idempotent."""
+        with self._lock:
+            wrapper, client, self._wrapper, self._client = self._wrapper, self._client, None, None
+        if hasattr(wrapper, "close"):
+            wrapper.close()
+        if client is not None:
+            client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _connect(self) -> None:
+        broker = self._configuration.broker
+        begin = time.monotonic()
+        try:
+            if broker["door"] == "verdictd":
+                self._verdictd(broker)
+            elif broker["door"] == "kbs":
+                self._kbs(broker)
+            else:
+                raise ContainerError("broker", "the image is encrypted, and the agent's configuration names no broker")
+        except ContainerError:
+            raise
+        except (CsvfastError, OSError) as problem:
+            place = broker.get("address") or broker.get("url")
+            raise ContainerError("broker", f"{place}: {problem}") from problem
+        finally:
+            self._timed("attest to the broker", time.monotonic() - begin)
+
+    def _verdictd(self, broker: dict[str, Any]) -> None:
+        from csvfast.broker.clients.verdictd import VerdictdClient
+        from csvfast.image.wrappers import VerdictdDecrypt, VerdictdKeks
+        from csvfast.ratstls.peer import Requirement
+
+        host, _, port = broker["address"].rpartition(":")
+        if not host or not port.isascii() or not port.isdigit():
+            raise ContainerError("broker", f"{broker['address'][:80]!r}: expected host:port")
+        known = Requirement.pinned([bytes.fromhex(broker["pin"])]) if "pin" in broker else Requirement.unattested()
+        client = VerdictdClient((host.strip("[]"), int(port)), self._attester, known)
+        client.connect()
+        self._client = client
+        self._wrapper = VerdictdDecrypt(client) if broker.get("decrypt") else VerdictdKeks(self._mapped(client))
+
+    def _kbs(self, broker: dict[str, Any]) -> None:
+        from csvfast.broker.clients.kbs import KbsClient
+        from csvfast.image.wrappers import KbsKeks
+
+        url = broker["url"]
+        tls = None
+        if url.startswith("https:"):
+            tls = _tls(broker)
+        client = KbsClient(url, self._attester, tls=tls, insecure=not url.startswith("https:"))
+        client.handshake()  # once: a refusal stays one
+        self._client = client
+        self._wrapper = KbsKeks(self._mapped(client))
+
+    def _mapped(self, client: Any) -> Any:
+        return _Mapped(client, self._configuration.keys) if self._configuration.keys else client
+
+
+class _Mapped:
+    """A client whose keys are found elsewhere than their ids say."""
+
+    def __init__(self, client: Any, keys: dict[str, str]) -> None:
+        self._client, self._keys = client, keys
+
+    def get_kek(self, kid: str) -> Secret:
+        return self._client.get_kek(self._keys.get(kid, kid))  # type: ignore[no-any-return]
+
+    def get_resource(self, path: Any) -> Secret:
+        return self._client.get_resource(self._keys.get(str(path), path))  # type: ignore[no-any-return]
+
+    def decrypt(self, blobs: Sequence[Any]) -> list[Secret]:
+        return self._client.decrypt(blobs)  # type: ignore[no-any-return]
+
+
+def _tls(broker: dict[str, Any]) -> Any:
+    from csvfast.broker.clients.http import Tls
+
+    if "ca" not in broker:
+        return Tls(pin=broker.get("pin"))
+    import os
+    from pathlib import Path
+
+    memory = os.memfd_create("csvfast-ca", 0)  # the ssl module reads files; it lives as long as the agent
+    os.write(memory, broker["ca"].encode())
+    return Tls(ca=Path(f"/proc/self/fd/{memory}"), pin=broker.get("pin"))
