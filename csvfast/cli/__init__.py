@@ -1,7 +1,7 @@
 """The `csvfast` command: one command, one room per subject.
 
     csvfast info | bench | measure ... | memory demo | machine trace|run | chip ... | cert ... | report ... | platform ...
-            | guest ... | vm ... | broker ... | attest client | image ... | runtime ...
+            | guest ... | vm ... | broker ... | attest client | image ... | run IMAGE | runtime ...
 
 Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
 """
@@ -29,6 +29,7 @@ from csvfast.cli import measure as _measure
 from csvfast.cli import memory as _memory
 from csvfast.cli import platform as _platform
 from csvfast.cli import report as _report
+from csvfast.cli import run as _run_command
 from csvfast.cli import runtime as _runtime
 from csvfast.cli import vm as _vm
 from csvfast.cli.common import INTERRUPTED, ExitCode, exit_code_of, is_expected, report_error
@@ -66,6 +67,7 @@ def _root(
 
 app.command("info")(_info.info)
 app.command("bench")(_bench.bench)
+app.command("run")(_run_command.run)
 app.add_typer(_measure.app, name="measure")
 app.add_typer(_memory.app, name="memory")
 app.add_typer(_machine.app, name="machine")

@@ -49,13 +49,13 @@ _LOCK: Final = "lock"
 _NEW: Final = ".new-"
 _NEW_SECONDS: Final = 60.0  # a directory in the making has its lock long before
 _STATE_MAX: Final = 1 << 20
-_IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_+.-]{0,127}")
+_IDENTIFIER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # as the agent has it
 
 
 def check_identifier(identifier: str) -> str:
     """A container's name as the file system and the agent take it. Raises ArgumentError."""
     if not _IDENTIFIER.fullmatch(identifier):
-        raise ArgumentError(f"container {identifier[:40]!r}: expected 1 to 128 letters, digits, '_', '+', '.', '-', no '.' first")
+        raise ArgumentError(f"container {identifier[:40]!r}: expected 1 to 128 letters, digits, '_', '.', '-', the first no sign")
     return identifier
 
 
