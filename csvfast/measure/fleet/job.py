@@ -34,8 +34,9 @@ REPORT_SECONDS = 0.1
 
 @dataclass
 class JobProgress:
-    """How far a job is. sources, bytes: to be measured by this run; kept: rows that the ledger had already; done: the others
-    that are there. measured_bytes may run ahead of the rows. Thread-safety: read by anybody, written by the job."""
+    """How far a job is. sources, bytes: to be measured by this run, as far as they have been found; kept: rows that the ledger
+    had already; done: the others that are there. measured_bytes may run ahead of the rows. Thread-safety: read by anybody, written
+    by the job."""
 
     sources: int = 0
     bytes: int = 0
@@ -132,32 +133,13 @@ class Job:
         return [self._rows[key] for key in self._found if key in self._rows]
 
     def __iter__(self) -> Iterator[Row]:
-        kept: list[Row] = []
-        failed: list[Row] = []
-        items: list[Item] = []
-        for found in discover(self._sources, self._selection):
-            self._found.append(found.key)
-            if isinstance(found, Row):
-                failed.append(replace(found, started=time.time()))
-                continue
-            row = None if self._ledger is None else self._ledger.current(found)
-            if row is None:
-                items.append(found)
-            else:
-                kept.append(row if row.expect == found.expect or found.mode == "launch" else replace(row, expect=found.expect))
-        self._ledger_rows_are_known()
-        progress = self.progress
-        progress.sources, progress.kept = len(items) + len(failed), len(kept)
-        progress.bytes = sum(item.size or 0 for item in items)
-        progress.began = time.monotonic()
-        for row in kept:
-            self._rows[row.key] = row
-            yield row
-        yield from self._take(failed)
-        tasks = plan(items, self._executor.slots, self._access)
+        aside: list[tuple[Row, bool]] = []
+        tasks = plan(self._items(aside), self._executor.slots, self._access)
         try:
             for rows in run(tasks, self._executor, retries=self._retries, step=self._step):
+                yield from self._set_aside(aside)
                 yield from self._take(rows)
+            yield from self._set_aside(aside)
         except GeneratorExit:
             if self._own is not None:
                 self._own.close(cancel=True)
@@ -165,10 +147,38 @@ class Job:
         finally:
             self._show(force=True)
 
-    def _ledger_rows_are_known(self) -> None:
-        """They are in memory twice otherwise, for the whole job."""
+    def _items(self, aside: list[tuple[Row, bool]]) -> Iterator[Item]:
+        """What is to be measured, while it is being found. Other rows go aside: (row, whether the ledger has it)."""
+        progress = self.progress
+        for found in discover(self._sources, self._selection):
+            self._found.append(found.key)
+            if isinstance(found, Row):
+                progress.sources += 1
+                aside.append((replace(found, started=time.time()), False))
+                continue
+            row = None if self._ledger is None else self._ledger.current(found)
+            if row is None:
+                progress.sources += 1
+                progress.bytes += found.size or 0
+                yield found
+                continue
+            progress.kept += 1
+            if row.expect != found.expect and found.mode != "launch":
+                row = replace(row, expect=found.expect)
+            aside.append((row, True))
         if self._ledger is not None:
-            self._ledger.rows.clear()
+            self._ledger.rows.clear()  # those that hold are in this object's table
+
+    def _set_aside(self, aside: list[tuple[Row, bool]]) -> Iterator[Row]:
+        if not aside:
+            return
+        rows = aside[:]
+        aside.clear()
+        for row, kept in rows:
+            if kept:
+                self._rows[row.key] = row
+                yield row
+        yield from self._take([row for row, kept in rows if not kept])
 
     def _take(self, rows: Sequence[Row]) -> Iterator[Row]:
         if self._ledger is not None and rows:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Final
 
 from csvfast.measure.errors import ParameterError
@@ -30,17 +31,35 @@ TASK_BYTES: Final = 32 << 20
 TASK_FILES: Final = 512
 
 
-def plan(items: Sequence[Item], slots: int, access: str = "read") -> Iterator[Task]:
-    """The tasks that measure all items, large ones first."""
-    number = 0
-    large = sorted((item for item in items if _is_split(item)), key=lambda item: -(item.size or 0))
+def plan(items: Iterable[Item], slots: int, access: str = "read") -> Iterator[Task]:
+    """The tasks that measure all items: small ones while they are being found, then large ones, the largest first."""
+    numbers = count()
+    large: list[Item] = []
+    streams: list[Item] = []
+    group: list[Item] = []
+    size = 0
+    for item in items:
+        if _is_split(item):
+            large.append(item)
+        elif item.mode == "linear" and (item.size is None or item.size > SMALL_BYTES):
+            streams.append(item)
+        else:
+            if group and (size + (item.size or 0) > TASK_BYTES or len(group) >= TASK_FILES):
+                yield WholeTask(next(numbers), tuple(group), access)
+                group, size = [], 0
+            group.append(item)
+            size += item.size or 0
+    if group:
+        yield WholeTask(next(numbers), tuple(group), access)
+    large.sort(key=lambda item: -(item.size or 0))
     for item in large:
-        for start in range(0, covered(item, item.size or 0), RANGE_BYTES):
-            yield RangeTask(number, item, start, min(start + RANGE_BYTES, covered(item, item.size or 0)))
-            number += 1
-    for group in _groups([item for item in items if not _is_split(item)], slots):
-        yield WholeTask(number, tuple(group), access)
-        number += 1
+        end = covered(item, item.size or 0)
+        for start in range(0, end, RANGE_BYTES):
+            yield RangeTask(next(numbers), item, start, min(start + RANGE_BYTES, end))
+    streams.sort(key=lambda item: -(item.size or 0))
+    each = max(1, min(LANES, -(-len(streams) // max(slots, 1))))
+    for at in range(0, len(streams), each):
+        yield WholeTask(next(numbers), tuple(streams[at : at + each]), access)
 
 
 def run(
@@ -122,25 +141,6 @@ def _is_split(item: Item) -> bool:
     return item.mode in ("tree", "verity") and item.content == "file" and (item.size or 0) > RANGE_BYTES
 
 
-def _groups(items: Sequence[Item], slots: int) -> Iterator[list[Item]]:
-    streams = [item for item in items if item.mode == "linear" and (item.size is None or item.size > SMALL_BYTES)]
-    streams.sort(key=lambda item: -(item.size or 0))
-    each = max(1, min(LANES, -(-len(streams) // max(slots, 1))))
-    for start in range(0, len(streams), each):
-        yield streams[start : start + each]
-    rest = [item for item in items if not (item.mode == "linear" and (item.size is None or item.size > SMALL_BYTES))]
-    group: list[Item] = []
-    size = 0
-    for item in rest:
-        if group and (size + (item.size or 0) > TASK_BYTES or len(group) >= TASK_FILES):
-            yield group
-            group, size = [], 0
-        group.append(item)
-        size += item.size or 0
-    if group:
-        yield group
-
-
 @dataclass(slots=True)
 class _Flight:
     """A task that is submitted."""
@@ -158,9 +158,9 @@ class _Counter:
         self._step: Callable[[int], Any] = step
         self._done = 0
 
-    def add(self, count: int) -> None:
-        self._done += count
-        self._step(count)
+    def add(self, more: int) -> None:
+        self._done += more
+        self._step(more)
 
     def undo(self) -> None:
         self._step(-self._done)
