@@ -9,6 +9,7 @@ Shape: this file holds what all parts share (buffers, numbers, errors, kernels);
     _core_sm2.pxi      SM2PublicKey, SM2PrivateKey, sm2_verify_many
     _core_memory.pxi   Engine, the base of csvfast.memory.EncryptedMemory
     _core_cache.pxi    Cache, the base of csvfast.memory.CacheModel
+    _core_stop.pxi     BlockStop, for csvfast.machine.emulator
 
 Buffers: any C-contiguous object of the buffer protocol is taken as its bytes. The GIL is released while C works on
 GIL_BYTES or more; below that, giving it up and getting it back costs more than the work.
@@ -298,5 +299,6 @@ include "_core_sm4.pxi"
 include "_core_sm2.pxi"
 include "_core_memory.pxi"
 include "_core_cache.pxi"
+include "_core_stop.pxi"
 
 _start()

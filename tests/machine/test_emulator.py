@@ -59,6 +59,32 @@ int main(int count, char **words) {
 """
 CRASH = "int main(void) { *(volatile int *)64 = 1; return 0; }"
 ODD = "#include <unistd.h>\n#include <sys/syscall.h>\nint main(void) { syscall(SYS_bpf, 0, 0, 0); return 0; }"
+LOCKS = r"""
+#include <signal.h>
+#include <stdio.h>
+#include <sys/time.h>
+static volatile sig_atomic_t ticks;
+static void tick(int number) { ticks += number == SIGALRM; }
+int main(void) {
+    static volatile unsigned long counter, lock, plain;
+    unsigned long i, taken = 0, order = 0, one, old;
+    struct itimerval each = {{0, 1000}, {0, 1000}};
+    signal(SIGALRM, tick);
+    setitimer(ITIMER_REAL, &each, 0);
+    for (i = 0; i < 3000000; i++) {
+        one = 1;
+        __asm__ volatile("xchg %0, %1" : "+r"(one), "+m"(lock) : : "memory");
+        taken += one;
+        old = 1;
+        __asm__ volatile("lock xadd %0, %1" : "+r"(old), "+m"(counter) : : "memory");
+        order += old != i;
+        __asm__ volatile("addq $1, %0" : "+m"(plain) : : "memory");
+        lock = 0;
+    }
+    printf("%lu %lu %lu %lu\n", counter, plain, taken, order);
+    return ticks < 20;
+}
+"""
 MATH = r"""
 #include <math.h>
 #include <setjmp.h>
@@ -170,6 +196,12 @@ def test_c_programs_are_native(compiled: Callable[..., Path], compiler: str, fla
     found = emulate(program.parent, f"/{program.name}", "a", "b")
     assert (found.stdout, found.returncode) == (real.stdout, real.returncode), found.stderr
     assert found.returncode == 42
+
+
+def test_signals_never_repeat_an_instruction(compiled: Callable[..., Path]) -> None:
+    program = compiled("locks", LOCKS)
+    found = emulate(program.parent, "/locks")
+    assert (found.stdout, found.returncode) == (b"3000000 3000000 0 0\n", 0), found.stderr
 
 
 @pytest.mark.parametrize("window", ["64KiB", "256KiB"])

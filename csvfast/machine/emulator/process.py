@@ -23,6 +23,7 @@ from unicorn import x86_const as x86
 
 from csvfast import errors
 from csvfast.machine.emulator.loader import load
+from csvfast.machine.emulator.stopping import Stopper
 from csvfast.machine.emulator.window import AddressSpace
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Process:
         self.pending: list[int] = []
         self.suspended: int | None = None  # the mask that sigsuspend replaced
         self.uc: Any = None
+        self._stopper: Stopper | None = None
         self.first = True
         self.name = ""
         self.todo: Callable[[], int | None] | None = None
@@ -114,6 +116,7 @@ class Process:
         uc: Any = Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)  # type: ignore[no-untyped-call]
         self.uc = uc
         self.space.attach(uc)
+        self._stopper = Stopper(uc)
         uc.hook_add(constants.UC_HOOK_INSN, self._syscall, None, 1, 0, x86.UC_X86_INS_SYSCALL)
         for register, value in (
             (x86.UC_X86_REG_RSP, stack), (x86.UC_X86_REG_RIP, entry), (x86.UC_X86_REG_FPCW, 0x37F),
@@ -148,6 +151,10 @@ class Process:
 
     def _step(self) -> None:
         self._deliver()
+        stopper = self._stopper
+        assert stopper is not None
+        if not stopper.exact and any(handler > 1 for handler, *_ in self.actions.values()):
+            stopper.install()  # from now on a signal may stop the program and let it go on
         start = self.uc.reg_read(x86.UC_X86_REG_RIP)
         stopped = False
         self.space.touched = -1
@@ -160,6 +167,7 @@ class Process:
                 self._fault(problem)
         finally:
             self._running.clear()
+            stopper.stopped()
         failure = self._failure or self.space.failure
         if failure is not None:
             self._failure = self.space.failure = None
@@ -272,6 +280,8 @@ class Process:
             signal.signal(number, signal.SIG_IGN)
         else:
             signal.signal(number, self._caught)
+            if self._stopper is not None and not self._stopper.exact:
+                self.todo = lambda: 0  # leaves the core, so that _step() makes stops exact
         if self.mask:
             self.block_signals()
 
@@ -370,9 +380,11 @@ class Process:
             try:
                 if select.select([read], [], [], left)[0]:
                     os.read(read, 64)
+                    if self._stopper is not None:
+                        self._stopper.stop()
             except (OSError, ValueError):
                 return
-            for _ in range(20):  # a stop that comes before the start is lost
-                if self._running.is_set():
-                    self.uc.emu_stop()
-                    time.sleep(0.005)
+            while self.deadline is not None and time.monotonic() >= self.deadline and self._stopper is not None:
+                if self._running.is_set():  # a stop that comes before the start is lost
+                    self._stopper.stop_for_good()
+                time.sleep(0.005)

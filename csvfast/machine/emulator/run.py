@@ -123,6 +123,8 @@ def run_program(
             code = process.run()
         finally:
             if process.first:
+                for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                    signal.setitimer(timer, 0)  # the program's
                 process.close()
                 for number, handler in before.items():
                     if handler is not None:
