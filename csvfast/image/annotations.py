@@ -33,6 +33,7 @@ __all__ = [
     "clear_annotations",
     "encrypted_annotations",
     "packets_of",
+    "public_bytes_of",
     "public_options_of",
     "subject_of",
 ]
@@ -72,13 +73,18 @@ def check_scheme(scheme: str) -> str:
     return scheme
 
 
-def public_options_of(descriptor: Descriptor) -> PublicOptions:
-    """ImageError: missing, no base64, or no public options."""
+def public_bytes_of(descriptor: Descriptor) -> bytes:
+    """Public options as they stand there. ImageError: missing, or no base64."""
     subject = subject_of(descriptor)
     text = descriptor.annotations.get(PUBLIC_OPTIONS)
     if text is None:
         raise ImageError(subject, f"the annotation {PUBLIC_OPTIONS} is missing")
-    return PublicOptions.parse(_decoded(text, OPTIONS_LIMIT, subject, PUBLIC_OPTIONS), subject)
+    return _decoded(text, OPTIONS_LIMIT, subject, PUBLIC_OPTIONS)
+
+
+def public_options_of(descriptor: Descriptor) -> PublicOptions:
+    """ImageError: missing, no base64, or no public options."""
+    return PublicOptions.parse(public_bytes_of(descriptor), subject_of(descriptor))
 
 
 def packets_of(descriptor: Descriptor) -> tuple[Packet, ...]:

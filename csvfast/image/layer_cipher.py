@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from csvfast.crypto import Secret
 from csvfast.errors import IntegrityError
 from csvfast.image.annotations import public_options_of, subject_of
-from csvfast.image.options import LayerKey, PrivateOptions, PublicOptions, digest_of
+from csvfast.image.descriptor import new_hash
+from csvfast.image.options import LayerKey, PrivateOptions, PublicOptions
 from csvfast.image.suites import AES_256_CTR_HMAC_SHA256, NONCE_BYTES
 
 if TYPE_CHECKING:
@@ -177,13 +178,19 @@ class LayerEncryption:
         self._nonce = os.urandom(NONCE_BYTES) if _nonce is None else _nonce
         self._cipher = suite.cipher(self._key, self._nonce)
         self._mac = suite.mac(self._key, self._nonce)
-        self._plain = digest_of("sha256:" if expected is None else expected.digest)
-        self._sealed = digest_of("sha256:") if digest else None
+        self._plain = new_hash("sha256:" if expected is None else expected.digest)
+        self._sealed = new_hash("sha256:") if digest else None
         self._blocks = self._run()
         self._result: EncryptedLayer | None = None
 
     def __iter__(self) -> Iterator[memoryview]:
         return self._blocks
+
+    @property
+    def private(self) -> Secret:
+        """The private options, before anything is read: they can be wrapped first. Only with `expected`."""
+        assert self._expected is not None, "the digest is not known before the end"
+        return PrivateOptions(self._key, self._expected.digest, {"nonce": self._nonce}).encode()
 
     @property
     def result(self) -> EncryptedLayer:
@@ -263,7 +270,7 @@ class LayerCheck:
     def __init__(self, descriptor: Descriptor, private: Secret) -> None:
         self._descriptor = descriptor
         self._key = _layer_key(descriptor, private)
-        self._digest = digest_of(descriptor.digest)
+        self._digest = new_hash(descriptor.digest)
         self._mac = self._key.suite.mac(self._key.key, self._key.nonce)
         self._followers = _Followers(self._digest.update)
         self._size = 0
@@ -330,7 +337,7 @@ class LayerReader(io.RawIOBase):
         self._reader = reader
         self._left = descriptor.size
         self._cipher = key.suite.cipher(key.key, key.nonce)
-        self._digest = digest_of(key.digest)
+        self._digest = new_hash(key.digest)
         self._follower = _Followers(self._digest.update)
         block = min(BLOCK_BYTES, max(descriptor.size, 1))
         self._sealed = memoryview(bytearray(block))

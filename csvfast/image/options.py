@@ -15,26 +15,24 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from csvfast.crypto import Secret
 from csvfast.errors import ImageError, RequestError
+from csvfast.image.descriptor import is_digest
 from csvfast.image.suites import NONCE_BYTES, suite_named
 
 if TYPE_CHECKING:
     from csvfast.image.suites import Suite
 
-__all__ = ["OPTIONS_LIMIT", "LayerKey", "PrivateOptions", "PublicOptions", "digest_of"]
+__all__ = ["OPTIONS_LIMIT", "LayerKey", "PrivateOptions", "PublicOptions"]
 
 OPTIONS_LIMIT: Final = 64 << 10
 """Bytes of public or private options; they have some 200."""
 
-_DIGEST: Final = re.compile(r"(sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128})\Z", re.ASCII)
 _NONCE: Final = "nonce"
 
 
@@ -87,8 +85,8 @@ class PrivateOptions:
         if not key:
             raise ImageError(subject, f"{what}: an empty symkey; expected the layer's key")
         digest = document.get("digest")
-        if type(digest) is not str or not _DIGEST.match(digest):
-            raise ImageError(subject, f"{what}: digest; expected sha256: and 64 hexadecimal digits, or sha384 or sha512")
+        if type(digest) is not str or not is_digest(digest):
+            raise ImageError(subject, f"{what}: digest; expected sha256: and 64 hexadecimal digits, or sha512:")
         return cls(Secret(key), digest, _cipher_options(document, subject, what))
 
 
@@ -114,11 +112,6 @@ class LayerKey:
         if len(nonce) != NONCE_BYTES:
             raise ImageError(subject, f"nonce of {len(nonce)} bytes; expected {NONCE_BYTES}")
         return cls(suite, public.mac, private.key, nonce, private.digest)
-
-
-def digest_of(text: str) -> Any:
-    """A hash object for digests like `text`, "sha256:..."; the digest has been checked."""
-    return hashlib.new(text.partition(":")[0])
 
 
 def _object(data: bytes, subject: str, what: str) -> dict[str, Any]:
