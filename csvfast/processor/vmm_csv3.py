@@ -102,6 +102,13 @@ class Csv3Launch:
                 source.read_at(view, 0)
             self._table = GuidTable.read(source) if plan.kernel is not None and not plan.force_hash_table else None
             self._other = GuidTable.read(source).reset_address() if plan.vcpus > 1 else BSP_ADDRESS
+        self._pair = boot_pages(bytes(self._firmware[-_TAIL_BYTES:]))
+        if plan.secure_calls is not None:
+            if self._pair is not None:
+                raise ArgumentError(f"the firmware names secure call pages at {self._pair:#x} itself; expected no secure_calls")
+            self._pair = plan.secure_calls + PAGE
+        if self._pair is not None and self._pair + 2 * PAGE > plan.memory_size:
+            raise AddressError(f"the secure call pages at {self._pair:#x} lie outside the RAM of {plan.memory_size} bytes")
         self._size = private_bytes(plan, size)
         set_secure_memory(host, self._size)
 
@@ -110,7 +117,6 @@ class Csv3Launch:
         plan = self._plan
         ram = self._take_private_memory(handle)
         self._encrypt(handle, FOUR_GIB - len(self._firmware), self._firmware)
-        pair = boot_pages(bytes(self._firmware[-_TAIL_BYTES:]))
         if plan.kernel is not None:
             base = FORCED_TABLE_ADDRESS if self._table is None else self._table.hash_table_area().base
             page, pages = hash_table_pages(base, hash_table(*(item.sha256 for item in self._predicted.inputs)))
@@ -118,15 +124,10 @@ class Csv3Launch:
                 raise AddressError(f"the hash table at {base:#x} lies outside the guest's RAM of {plan.memory_size} bytes")
             self._encrypt(handle, page, pages)
         if plan.secure_calls is not None:
-            if pair is not None:
-                raise ArgumentError(f"the firmware names secure call pages at {pair:#x} itself; expected no secure_calls")
-            pair = plan.secure_calls + PAGE
-            self._encrypt(handle, plan.secure_calls, secure_call_page(pair))
-        if pair is not None and pair + 2 * PAGE > plan.memory_size:
-            raise AddressError(f"the secure call pages at {pair:#x} lie outside the guest's RAM of {plan.memory_size} bytes")
+            self._encrypt(handle, plan.secure_calls, secure_call_page(plan.secure_calls + PAGE))
         for index in range(plan.vcpus):
             self._add_vcpu(handle, index, vmsa_page(BSP_ADDRESS if index == 0 else self._other, plan.cpu_signature))
-        return ram, pair
+        return ram, self._pair
 
     def _take_private_memory(self, handle: int) -> int:
         secure = self._machine.processor.secure_memory
