@@ -297,7 +297,14 @@ class Archive:
             if fields[15][0]:
                 name = fields[15].partition(b"\0")[0] + b"/" + name
         elif fields[9] == b"ustar " and fields[15][0]:
-            atime = number(fields[15][:12], "atime") * _SECOND  # GNU keeps times where others keep the name's beginning
+            try:  # GNU keeps times where others keep the name's beginning
+                atime = number(fields[15][:12], "atime") * _SECOND
+                number(fields[15][12:24], "ctime")
+            except ImageError:  # Go before 1.8 wrote the name's beginning there, too
+                atime, prefix = None, fields[15].partition(b"\0")[0]
+                if not prefix.isascii():
+                    raise
+                name = prefix + b"/" + name
         entry = Entry()
         entry.mode = number(fields[1], "mode") & 0o7777
         uid, gid = number(fields[2], "uid"), number(fields[3], "gid")
