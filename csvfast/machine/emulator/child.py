@@ -128,7 +128,9 @@ class EmulatedProcess:
                 self._control.sendall(root.key)
         except (BrokenPipeError, ConnectionResetError):
             self.kill()
-            raise errors.ContainerError("executor", "the emulator's process ended before it was started") from None
+            self._problem = errors.ContainerError("executor", "the emulator's process ended before it was started")
+            self._ended.set()
+            raise self._problem from None
         finally:
             for descriptor in opened:
                 os.close(descriptor)
@@ -212,8 +214,9 @@ def main(descriptor: int) -> None:
     """What the child runs: takes one start() and becomes the program."""
     control = socket.socket(fileno=descriptor)
     control.set_inheritable(False)
+    from csvfast.machine.emulator import syscalls  # noqa: F401 - while the caller still prepares, and as its user
     from csvfast.machine.emulator.identity import become
-    from csvfast.machine.emulator.run import run_program  # while the caller still prepares
+    from csvfast.machine.emulator.run import run_program
 
     settings, descriptors, key = _receive(control)
     for number in (0, 1, 2):
