@@ -25,7 +25,7 @@ from csvfast.cli import guest as _guest
 from csvfast.cli import image as _image
 from csvfast.cli import info as _info
 from csvfast.cli import machine as _machine
-from csvfast.cli import measure as _measure
+from csvfast.cli import measure_batch as _measure
 from csvfast.cli import memory as _memory
 from csvfast.cli import platform as _platform
 from csvfast.cli import report as _report

@@ -2,6 +2,7 @@
 
     measure_image      linear SM3 or page tree of a file, block device, pipe or standard input
     measure_images     many of them, several at a time
+    batch, Job         thousands of them: lanes, all cores or machines, a ledger that survives kills
     format_verity      dm-verity with SM3, as `veritysetup format --hash=sm3`
     verify_verity      as `veritysetup verify`
     launch_digest      SM3 of firmware, hash table and, on request, VMSAs
@@ -29,6 +30,10 @@ from csvfast.measure.errors import (
     SuperblockError,
     TargetError,
 )
+from csvfast.measure.fleet.discover import Selection
+from csvfast.measure.fleet.executors import Executor, ProcessExecutor, ThreadExecutor
+from csvfast.measure.fleet.job import Job, JobProgress, batch
+from csvfast.measure.fleet.rows import Identity, Item, Options, Row
 from csvfast.measure.image import Measurement, measure_image
 from csvfast.measure.images import measure_images
 from csvfast.measure.launch import HashedInput, LaunchDigest, LaunchPiece, hash_table, launch_digest
@@ -47,20 +52,29 @@ from csvfast.measure.vmsa import vmsa_page
 __all__ = [
     "Difference",
     "EmptySourceError",
+    "Executor",
     "FirmwareTableError",
     "FormatError",
     "GuidTable",
     "HashTableArea",
     "HashTableAreaError",
     "HashedInput",
+    "Identity",
+    "Item",
+    "Job",
+    "JobProgress",
     "LaunchDigest",
     "LaunchPiece",
     "LaunchRecipe",
     "MeasureError",
     "Measurement",
+    "Options",
     "ParameterError",
+    "ProcessExecutor",
     "RecipeError",
     "ResetBlockError",
+    "Row",
+    "Selection",
     "SourceChangedError",
     "SourceError",
     "SourceKindError",
@@ -69,9 +83,11 @@ __all__ = [
     "SourceUnreadableError",
     "SuperblockError",
     "TargetError",
+    "ThreadExecutor",
     "VerityCheck",
     "VerityParameters",
     "VerityRecord",
+    "batch",
     "compare_explanations",
     "format_verity",
     "hash_table",

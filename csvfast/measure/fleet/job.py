@@ -34,9 +34,12 @@ REPORT_SECONDS = 0.1
 
 @dataclass
 class JobProgress:
-    """How far a job is. sources, bytes: to be measured by this run, as far as they have been found; kept: rows that the ledger
-    had already; done: the others that are there. measured_bytes may run ahead of the rows. Thread-safety: read by anybody, written
-    by the job."""
+    """How far a job is.
+
+    sources, bytes: to be measured by this run, as far as they have been found. kept: rows that the ledger had already. done: the
+    others that are there; failed of these. measured_bytes may run ahead of the rows.
+    Thread-safety: read by anybody, written by the job.
+    """
 
     sources: int = 0
     bytes: int = 0
@@ -151,6 +154,8 @@ class Job:
         """What is to be measured, while it is being found. Other rows go aside: (row, whether the ledger has it)."""
         progress = self.progress
         for found in discover(self._sources, self._selection):
+            if self._ledger is not None and isinstance(found, Item) and self._ledger.is_file(found.identity):
+                continue
             self._found.append(found.key)
             if isinstance(found, Row):
                 progress.sources += 1

@@ -93,6 +93,7 @@ def _small_rows(items: Sequence[Item], worker: str) -> Iterable[Row | None]:
             started,
             result[1] * took,
             worker,
+            item.row_location,
         )
         for item, result in zip(items, results, strict=True)
     ]
@@ -154,6 +155,7 @@ class _Lane:
             started=self.started,
             seconds=self.seconds,
             worker=worker,
+            location=item.row_location,
         )
 
 

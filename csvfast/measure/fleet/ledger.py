@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from csvfast.measure.errors import RecipeError, SourceNotFoundError, SourceUnreadableError, TargetError
-from csvfast.measure.fleet.rows import Item, Key, Row
+from csvfast.measure.fleet.rows import Identity, Item, Key, Row
 from csvfast.measure.source import AnyPath
 
 __all__ = ["HEADER", "Ledger", "read_ledger"]
@@ -52,6 +52,8 @@ class Ledger:
         except OSError as error:
             raise _unwritable(self.path, error) from error
         try:
+            status = os.fstat(self._fd)
+            self._this = (status.st_dev, status.st_ino)
             self._begin(fresh)
         except BaseException:
             os.close(self._fd)
@@ -78,6 +80,10 @@ class Ledger:
             return None
         changed = max(row.identity.mtime_ns or 0, row.identity.ctime_ns or 0)
         return None if changed > row.started * 1e9 - TICK_NS else row
+
+    def is_file(self, identity: Identity | None) -> bool:
+        """Whether a source is this ledger: a list cannot hold its own digest."""
+        return identity is not None and (identity.device, identity.inode) == self._this
 
     def sync(self) -> None:
         """What was added survives a loss of power. Raises TargetError."""

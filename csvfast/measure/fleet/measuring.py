@@ -94,6 +94,7 @@ def tree_row(
         started=started,
         seconds=seconds,
         worker=worker,
+        location=item.row_location,
     )
 
 
@@ -170,4 +171,5 @@ def _launch(item: Item, worker: str, step: Step | None) -> Row:
         started=started,
         seconds=time.perf_counter() - before,
         worker=worker,
+        location=item.row_location,
     )

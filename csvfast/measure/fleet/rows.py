@@ -152,6 +152,11 @@ class Item:
         return (self.name, self.mode, self.content, self.options.text())
 
     @property
+    def row_location(self) -> str:
+        """What a row says of it: "" when it is the name."""
+        return "" if self.location == self.name else self.location
+
+    @property
     def size(self) -> int | None:
         """Bytes, as far as they were found."""
         return None if self.identity is None else self.identity.size
@@ -163,7 +168,8 @@ class Row:
 
     digest: 64 hexadecimal digits, None for an error. size: bytes measured. error: one of ERROR_KINDS, with a message.
     started: seconds since the epoch; seconds: of work (files that were measured side by side share the time by their bytes).
-    worker: where it was done, for reports. uncovered: bytes at the end that mode "verity" does not cover.
+    worker: where it was done, for reports. uncovered: bytes at the end that mode "verity" does not cover. location: where the
+    bytes were, when that is not the name.
     """
 
     name: str
@@ -180,6 +186,7 @@ class Row:
     started: float = 0.0
     seconds: float = 0.0
     worker: str = ""
+    location: str = ""
 
     @property
     def key(self) -> Key:
@@ -212,6 +219,7 @@ class Row:
             item.expect,
             started=started,
             worker=worker,
+            location=item.row_location,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -223,7 +231,7 @@ class Row:
                 value = value.to_json()
             elif isinstance(value, float):
                 value = round(value, 6)
-            if value or (value == 0 and name == "size"):
+            if (value and (name, value) != ("content", "file")) or (value == 0 and name == "size"):
                 data[name] = value
         return data
 
@@ -236,6 +244,7 @@ class Row:
             or self.expect is not None
             or self.size is None
             or self.options
+            or self.location
             or self.uncovered
             or self.content != "file"
             or one.etag is not None
