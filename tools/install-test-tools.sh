@@ -44,7 +44,7 @@ fetch_boot_files() {
 fetch_boot_files
 
 fetch_guest_files() { # what `csvfast vm` boots: Debian's kernel for clouds, the modules that its guests load, a static busybox
-    [ -f "$boot/vmlinuz" ] && [ -f "$boot/busybox" ] && [ -f "$boot/modules/virtio_console.ko" ] && return 0
+    [ -f "$boot/vmlinuz" ] && [ -f "$boot/busybox" ] && [ -f "$boot/modules/virtio_net.ko" ] && return 0
     if ! command -v apt-get >/dev/null 2>&1 || ! command -v dpkg-deb >/dev/null 2>&1; then
         echo "test tools: no Debian packages here, the virtual machines' tests will be skipped" >&2
         return 0
@@ -60,7 +60,8 @@ fetch_guest_files() { # what `csvfast vm` boots: Debian's kernel for clouds, the
     if [ -n "$kernel" ] && (cd "$work" && apt-get download -qq busybox-static "$kernel" >/dev/null) &&
         (cd "$work" && for package in *.deb; do dpkg-deb -x "$package" tree || exit 1; done) &&
         mkdir -p "$work/modules" && find "$work/tree" \( -path '*/drivers/virtio/*.ko*' -o -path '*/fs/fuse/*.ko*' \
-        -o -name 'virtio_console.ko*' -o -name 'virtio-rng.ko*' -o -name 'virtio_blk.ko*' -o -name 'overlay.ko*' \) \
+        -o -name 'virtio_console.ko*' -o -name 'virtio-rng.ko*' -o -name 'virtio_blk.ko*' -o -name 'overlay.ko*' \
+        -o -name 'virtio_net.ko*' -o -name 'net_failover.ko*' -o -name 'failover.ko*' \) \
         -exec cp {} "$work/modules/" \; && { xz -dq "$work"/modules/*.ko.xz 2>/dev/null || true; }; then # Debian 13 packs them
         mkdir -p "$boot"
         for file in "$work"/tree/boot/vmlinuz-* "$work"/tree/bin/busybox "$work"/tree/usr/bin/busybox; do

@@ -1,7 +1,6 @@
-"""The key broker: keys only to virtual machines that prove themselves."""
+"""The key broker: keys only to virtual machines that prove themselves.
+
+What serves needs the packages of the extra "broker", and asks for them (csvfast.broker._serving); guests have the clients alone.
+"""
 
 from __future__ import annotations
-
-from csvfast._extras import need
-
-need("broker", "OpenSSL", "cbor2", "sqlalchemy", "starlette", "uvicorn", "grpc", "google.protobuf", "joserfc", "rfc8785")

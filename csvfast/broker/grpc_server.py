@@ -31,6 +31,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 from urllib.parse import unquote
 
+import csvfast.broker._serving  # noqa: F401 it says what is missing
+
+# isort: split
 import grpc
 import grpc.aio
 from cryptography.hazmat.primitives.serialization import Encoding

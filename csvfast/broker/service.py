@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
+import csvfast.broker._serving  # noqa: F401 it says what is missing
 from csvfast.broker.administration import ROLES, Administration, Administrator
 from csvfast.broker.attestation import Trust
 from csvfast.broker.clientapi import ClientApi

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from csvfast._extras import need
+from csvfast._lazy import lazy
 
 need("ratstls", "OpenSSL", "cbor2")
 
 # Claims, keys, certificates, and where evidence comes from; peers, contexts, connections. E402: their packages were checked for.
-from csvfast.ratstls.asynchronous import AttestedServer, ConnectionLimits, open_connection  # noqa: E402
+if TYPE_CHECKING:
+    from csvfast.ratstls.asynchronous import AttestedServer, ConnectionLimits, open_connection
+    from csvfast.ratstls.stream import Stream
+
 from csvfast.ratstls.attester import Attester, DeviceAttester, SocketAttester  # noqa: E402
 from csvfast.ratstls.blocking import BlockingServer, BlockingStream, connect  # noqa: E402
 from csvfast.ratstls.certificate import (  # noqa: E402
@@ -32,7 +38,6 @@ from csvfast.ratstls.context import EndpointContext, Identity, TlsOptions, sm_is
 from csvfast.ratstls.freshness import CHALLENGE, FreshnessChecker, SeenReports, answer_challenge  # noqa: E402
 from csvfast.ratstls.keys import TlsKey  # noqa: E402
 from csvfast.ratstls.peer import Judge, Peer, PolicyJudge, Requirement  # noqa: E402
-from csvfast.ratstls.stream import Stream  # noqa: E402
 
 __all__ = [
     "CHALLENGE",
@@ -73,3 +78,12 @@ __all__ = [
     "report_data_of",
     "sm_is_available",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = lazy(
+        __name__,
+        {
+            "AttestedServer": "asynchronous", "ConnectionLimits": "asynchronous", "open_connection": "asynchronous",
+            "Stream": "stream",
+        },
+    )  # fmt: skip

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import csvfast.broker._serving  # noqa: F401 it says what is missing
+
+# isort: split
 import grpc
 
 from csvfast.broker.config import Address

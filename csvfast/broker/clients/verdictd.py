@@ -17,7 +17,6 @@ Thread-safety: a VerdictdClient belongs to one thread at a time; an AsyncVerdict
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -28,12 +27,13 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 from csvfast.broker.clients.verdictd_steps import Ask, Prover, Replies, Step, Steps
 from csvfast.broker.verdictd.protocol import Blob
 from csvfast.errors import AttestedTlsError, DeniedError, LimitedError, UnavailableError
-from csvfast.ratstls.asynchronous import open_connection
 from csvfast.ratstls.blocking import connect
 from csvfast.ratstls.context import EndpointContext, Identity, TlsOptions
 from csvfast.ratstls.peer import Requirement
 
 if TYPE_CHECKING:
+    import asyncio
+
     from csvfast._core import BytesLike
     from csvfast.crypto import Secret
     from csvfast.ratstls.attester import Attester
@@ -354,6 +354,8 @@ class AsyncVerdictdClient(_Client):
 
     @cached_property
     def _turn(self) -> asyncio.Lock:
+        import asyncio  # here and below: a guest that waits in a thread does without
+
         return asyncio.Lock()
 
     async def _run(self, start: Callable[[Steps], Step[_T]]) -> _T:
@@ -370,6 +372,10 @@ class AsyncVerdictdClient(_Client):
     async def _connect(self) -> bool:
         if self._stream is not None:
             return False
+        import asyncio
+
+        from csvfast.ratstls.asynchronous import open_connection
+
         context = await asyncio.to_thread(self._prepared)
         self._stream = await open_connection(
             self._address, self._identity, self._requirement, timeout=self._timeout, context=context
@@ -382,6 +388,8 @@ class AsyncVerdictdClient(_Client):
         return True
 
     async def _drive(self, steps: Step[_T]) -> _T:
+        import asyncio
+
         outcome = None
         asked = False
         try:
@@ -407,6 +415,8 @@ class AsyncVerdictdClient(_Client):
         stream = self._stream
         if stream is None:
             raise _no_peer()
+        import asyncio
+
         try:
             async with asyncio.timeout(self._idle):
                 await stream.send(ask.request)

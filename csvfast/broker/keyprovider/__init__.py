@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from csvfast.broker.keyprovider.door import KeyProvider
+from typing import TYPE_CHECKING
+
+from csvfast._lazy import lazy
+
+if TYPE_CHECKING:
+    from csvfast.broker.keyprovider.door import KeyProvider
+
 from csvfast.broker.keyprovider.messages import AnnotationPacket, read_packet
 
 __all__ = ["AnnotationPacket", "KeyProvider", "read_packet"]
+
+if not TYPE_CHECKING:
+    __getattr__ = lazy(
+        __name__,
+        {
+            "KeyProvider": "door",
+        },
+    )  # fmt: skip

@@ -33,7 +33,6 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from csvfast.broker.grpc_messages import MESSAGE_LIMIT
 from csvfast.broker.json_input import loads, member
 from csvfast.broker.model import VERDICTD_KEYS, ResourcePath, for_kid
 from csvfast.crypto import Secret
@@ -69,6 +68,9 @@ OPTIONS_LIMIT: Final = 64 << 10
 """Bytes of private options; they have some 200."""
 PACKET_LIMIT: Final = 512 << 10
 """Bytes of an annotation packet: options of OPTIONS_LIMIT as integers."""
+
+MESSAGE_LIMIT: Final = 4 << 20
+"""Bytes of a message, as csvfast.broker.grpc_messages has it, which guests do without."""
 
 _PARAMETER_LIMIT: Final = 4096
 _PARAMETERS: Final = 64

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csvfast.broker._serving  # noqa: F401 it says what is missing
 from csvfast.broker.store.audit import AuditEntry, AuditRecord, AuditVerification
 from csvfast.broker.store.committer import Committer, Job
 from csvfast.broker.store.database import Database

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from csvfast.broker.verdictd.door import VerdictdDoor
+from typing import TYPE_CHECKING
+
+from csvfast._lazy import lazy
+
+if TYPE_CHECKING:
+    from csvfast.broker.verdictd.door import VerdictdDoor
 
 __all__ = ["VerdictdDoor"]
+
+if not TYPE_CHECKING:
+    __getattr__ = lazy(
+        __name__,
+        {
+            "VerdictdDoor": "door",
+        },
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The agent as a program: `python -m csvfast.runtime.agent --link ... --configuration ...`; started by an executor, not by people.
+"""The agent as a program, started by an executor: `python -m csvfast.runtime.agent --link ... --configuration ...`.
 
     --link FD|PORT              the wire to the host: a descriptor, or the path of a virtual machine's serial port
     --configuration FD|FILE     the agent's configuration, measured by whoever starts it

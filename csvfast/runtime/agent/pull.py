@@ -89,7 +89,7 @@ def _open(source: str, configuration: AgentConfiguration) -> Any:
     reference = parse_reference(source)
     if reference.host is None:
         raise ContainerError("image", f"{source[:200]!r}: expected an image in a registry")
-    return RegistryClient(reference, plain_http=configuration.plain_http(reference.host))
+    return RegistryClient(reference, plain_http=configuration.plain_http(reference.host), credentials=None)
 
 
 def _wanted(source: str) -> str | None:
