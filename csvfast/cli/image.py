@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from csvfast.cli import image_encryption as _encryption
+
 __all__ = ["app"]
 
 app = typer.Typer(help="Container images, encrypted and clear.", no_args_is_help=True, rich_markup_mode=None)
@@ -12,3 +14,6 @@ app = typer.Typer(help="Container images, encrypted and clear.", no_args_is_help
 @app.callback()
 def _image() -> None:
     """Container images, encrypted and clear."""
+
+
+_encryption.register(app)
