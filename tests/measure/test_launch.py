@@ -257,3 +257,59 @@ def test_kernel_from_a_pipe(tmp_path: Path, files: dict[str, Any]) -> None:
     writer.join()
     expected: LaunchDigest = launch_digest(files["firmware"], kernel=files["kernel"])
     assert outcome.digest == expected.digest
+
+
+# ---- CSV3
+
+
+def test_csv3_items(a9: dict[str, Any]) -> None:
+    """The serialisation of specification 6.4, written out."""
+    firmware = a9["firmware"].read_bytes()
+    secure_calls = bytearray(4096)
+    secure_calls[-32 - 44 : -32] = (
+        bytes.fromhex("00200000 00f08000 1a00 6f925d9aa52fbaceab216b275d5556a5 2c00 de82b596b21ff745baeaa366c55a082d")
+    )  # fmt: skip
+    table = bytes(0xC00) + A9_TABLE + bytes(4096 - 0xC00 - 176)
+    items = struct.pack("<IIQI", 0x201, 0, 0xFFFFF000, 4096) + firmware
+    items += struct.pack("<IIQI", 0x201, 0, 0x80F000, 4096) + table
+    items += struct.pack("<IIQI", 0x201, 0, 0x80E000, 4096) + secure_calls
+    items += struct.pack("<IIQI", 0x202, 0, 0, 4096) + vmsa_page(0xFFFFFFF0)
+    found = launch_digest(**a9, append=A9_COMMAND_LINE, force_hash_table=True, csv3=True, secure_calls=0x80E000)
+    assert found.hexdigest == sm3(items)
+    assert [piece.name for piece in found.pieces] == ["firmware", "hash table", "secure call pages", "VMSA 0"]
+    assert found.pieces[-1].running == found.digest
+    record = found.to_dict()
+    assert (record["csv3"], record["vmsa"], record["vcpus"]) == (True, "amd", 1)
+    assert "csv3" not in launch_digest(**a9, force_hash_table=True).to_dict()
+
+
+def test_csv3_two_vcpus_and_the_firmwares_own_table(tmp_path: Path) -> None:
+    (tmp_path / "OVMF").write_bytes(ovmf.good(area=(0x80FFA0, 0x400)))
+    (tmp_path / "kernel").write_bytes(b"kernel image bytes")
+    found = launch_digest(tmp_path / "OVMF", kernel=tmp_path / "kernel", csv3=True, vcpus=2)
+    assert [(piece.name, piece.size, piece.address) for piece in found.pieces] == [
+        ("firmware", 8192, 0xFFFFE000), ("hash table", 8192, 0x80F000), ("VMSA 0", 4096, None), ("VMSA 1", 4096, None),
+    ]  # fmt: skip
+    vcpu = struct.pack("<IIQI", 0x202, 1, 0, 4096) + vmsa_page(ovmf.RESET_ADDRESS)
+    assert found.pieces[-1].sm3.hex() == sm3(vcpu[20:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"secure_calls": 0x80E000}, "none of CSV3"),
+        ({"csv3": True, "secure_calls": 0}, "three pages below 4 GiB"),
+        ({"csv3": True, "secure_calls": 0x80E001}, "three pages below 4 GiB"),
+        ({"csv3": True, "secure_calls": (1 << 32) - 8192}, "three pages below 4 GiB"),
+    ],
+)
+def test_csv3_refused(a9: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ParameterError, match=words):
+        launch_digest(**a9, force_hash_table=True, **changes)
+
+
+def test_csv3_takes_whole_pages(tmp_path: Path) -> None:
+    for size in (1, 4095, 4097):
+        (tmp_path / "OVMF").write_bytes(bytes(size))
+        with pytest.raises(ParameterError, match="whole pages"):
+            launch_digest(tmp_path / "OVMF", csv3=True)

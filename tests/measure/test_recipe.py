@@ -75,6 +75,12 @@ def test_json(folder: Path) -> None:
     assert recipe.measure().digest == launch_digest(folder / "OVMF.fd").digest
 
 
+def test_csv3(folder: Path) -> None:
+    (folder / "r.toml").write_text("firmware = 'OVMF.fd'\ncsv3 = true\nsecure_calls = '0xf80000'\n")
+    found = load_recipe(folder / "r.toml").measure()
+    assert found.digest == launch_digest(folder / "OVMF.fd", csv3=True, secure_calls=0xF80000).digest
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -85,6 +91,8 @@ def test_json(folder: Path) -> None:
         ("firmware = 'a'\nvcpus = '2'", "vcpus is '2'; expected int"),
         ("firmware = 'a'\nforce_hash_table = 1", "force_hash_table is 1; expected bool"),
         ("firmware = 'a'\ncpu_signature = 'x'", "cpu_signature is 'x'; expected a number"),
+        ("firmware = 'a'\nsecure_calls = 'x'", "secure_calls is 'x'; expected a number"),
+        ("firmware = 'a'\ncsv3 = 1", "csv3 is 1; expected bool"),
         ("firmware = 'a'\nexpect = 'abcd'", "expect has 4 characters; expected 64 hexadecimal digits"),
         ("firmware = 'a'\nexpect = '" + "g" * 64 + "'", "expect is 'ggg"),
         ("firmware = ", "is neither JSON nor TOML"),
