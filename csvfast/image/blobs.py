@@ -1,6 +1,6 @@
 """Where blobs come from and go to: interfaces of layouts and registries, and the reader that believes nobody.
 
-    source = open_source(parse_reference("docker://registry.example/app:1"))     csvfast.image.places
+    source = open_source(parse_reference("docker://registry.example/app:1"))     csvfast.image.registry
     descriptor, data = source.resolve("1")                                       verified
     with VerifiedReader(source.open_blob(layer), layer) as reader: ...           verified at its end
 

@@ -14,20 +14,19 @@ Thread-safety: all methods, from several threads and processes.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from csvfast._files import temporary_beside
 from csvfast.errors import ImageError
 from csvfast.image.blobs import read_blob
 from csvfast.image.descriptor import Descriptor, checked_digest, is_digest, is_index, is_manifest, new_hash
 from csvfast.image.manifest import MANIFEST_LIMIT, Index, media_type_of
+from csvfast.image.new_file import new_file
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -42,7 +41,6 @@ UNKNOWN_TYPE: Final = "application/octet-stream"
 _VERSION: Final = b'{"imageLayoutVersion":"1.0.0"}'
 _SMALL: Final = 4096
 _ALGORITHMS: Final = ("sha256", "sha512")
-_NO_UNNAMED: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS})
 
 
 class OciLayout:
@@ -120,7 +118,7 @@ class OciLayout:
         algorithm = "sha256" if descriptor is None else descriptor.digest.partition(":")[0]
         directory = self.path / "blobs" / algorithm
         directory.mkdir(parents=True, exist_ok=True)
-        with _new_file(directory) as new:
+        with new_file(directory) as new:
             check, size = new_hash(f"{algorithm}:"), 0
             for chunk in chunks:
                 view = memoryview(chunk).cast("B")
@@ -247,7 +245,7 @@ class OciLayout:
                 self._write("oci-layout", _VERSION)
 
     def _write(self, name: str, data: bytes) -> None:
-        with _new_file(self.path) as new:
+        with new_file(self.path) as new:
             new.write(memoryview(data))
             new.publish(self.path / name)
 
@@ -259,60 +257,6 @@ class OciLayout:
             yield
         finally:
             os.close(handle)  # the lock's end, too
-
-
-class _NewFile:
-    """A file in the making."""
-
-    def __init__(self, handle: int, name: Path | None) -> None:
-        self._handle = handle
-        self._name = name
-
-    def write(self, view: memoryview) -> None:
-        """OSError: no room."""
-        while view:
-            view = view[os.write(self._handle, view) :]
-
-    def publish(self, path: Path) -> None:
-        """Gives it its name, in place of what has it."""
-        os.fsync(self._handle)
-        if self._name is None:
-            temporary = temporary_beside(path)
-            # Python follows the link only when it is told a directory, which an absolute path does not use.
-            os.link(f"/proc/self/fd/{self._handle}", temporary, src_dir_fd=self._handle, follow_symlinks=True)
-            self._name = temporary
-        self._name.replace(path)
-        self._name = None
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-    def close(self) -> None:
-        """Without publish, nothing is left of it."""
-        os.close(self._handle)
-        if self._name is not None:
-            with suppress(OSError):
-                self._name.unlink()
-
-
-@contextmanager
-def _new_file(directory: Path) -> Iterator[_NewFile]:
-    flags, mode = os.O_WRONLY | os.O_CLOEXEC, 0o644
-    name = None
-    try:
-        handle = os.open(directory, flags | os.O_TMPFILE, mode)
-    except OSError as error:
-        if error.errno not in _NO_UNNAMED or not directory.is_dir():
-            raise
-        name = temporary_beside(directory / "blob")
-        handle = os.open(name, flags | os.O_CREAT | os.O_EXCL, mode)
-    new = _NewFile(handle, name)
-    try:
-        yield new
-    finally:
-        new.close()
 
 
 def _read(handle: int, limit: int) -> bytes:

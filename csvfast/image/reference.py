@@ -25,6 +25,8 @@ __all__ = ["Reference", "is_repository", "is_tag", "parse_reference"]
 DOCKER_HUB: Final = "docker.io"
 
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z", re.ASCII)
+_WORDS: Final = r"[A-Za-z0-9]+(?:(?:--|[-._:@+])[A-Za-z0-9]+)*+"
+_LAYOUT_TAG: Final = re.compile(rf"{_WORDS}(?:/{_WORDS})*\Z", re.ASCII)
 _COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*+"
 _NAME: Final = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*\Z", re.ASCII)
 _LABEL: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
@@ -59,7 +61,7 @@ class Reference:
         """The same place, another tag or digest. ArgumentError: neither."""
         if is_digest(wanted):
             return Reference(self.directory, self.host, self.name, None, wanted)
-        return Reference(self.directory, self.host, self.name, _checked_tag(wanted, wanted))
+        return Reference(self.directory, self.host, self.name, _checked_tag(wanted, wanted, layout=self.host is None))
 
     def __str__(self) -> str:
         """As parse_reference takes it."""
@@ -103,7 +105,7 @@ def _layout(text: str) -> Reference:
     directory, colon, tag = place.partition(":")
     if not directory:
         raise ArgumentError(f"image {ascii(text)[:80]}: no directory; expected oci:DIRECTORY[:TAG]")
-    return Reference(Path(directory), tag=_checked_tag(tag, text) if colon else None, digest=digest if at else None)
+    return Reference(Path(directory), tag=_checked_tag(tag, text, layout=True) if colon else None, digest=digest if at else None)
 
 
 def _registry(text: str, rest: str) -> Reference:
@@ -131,8 +133,8 @@ def _port_fits(host: str) -> bool:
     return not colon or 0 < int(port) < 65536
 
 
-def _checked_tag(tag: str, text: str) -> str:
-    # A layout's tags may be longer and hold more (image-spec annotations.md); what registries take is enough for both.
-    if not is_tag(tag):
+def _checked_tag(tag: str, text: str, *, layout: bool = False) -> str:
+    # A layout's tags may be whole names: "team/app:1" (image-spec annotations.md).
+    if not (is_tag(tag) or (layout and len(tag) <= _NAME_LIMIT and _LAYOUT_TAG.match(tag))):
         raise ArgumentError(f"image {ascii(text)[:80]}: no such tag; expected letters, digits, and . _ - after the first")
     return tag

@@ -19,7 +19,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from urllib.parse import quote
 
 from csvfast.errors import ArgumentError, ImageError, RegistryError
@@ -32,7 +32,9 @@ from csvfast.image.registry_http import REDIRECT_LIMIT, Answer, Transport, Url, 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Credentials", "RegistryClient"]
+    from csvfast.image.layout import OciLayout
+
+__all__ = ["Credentials", "RegistryBlob", "RegistryClient", "open_source", "open_target"]
 
 MANIFEST_TYPES: Final = (
     "application/vnd.oci.image.manifest.v1+json",
@@ -157,8 +159,8 @@ class RegistryClient:
 
     def has_blob(self, descriptor: Descriptor, /) -> bool:
         """See BlobTarget."""
-        url = self.path(f"blobs/{descriptor.digest}")
-        with self.request("HEAD", url, self.push, redirects=REDIRECT_LIMIT) as answer:
+        url, headers = self.place(descriptor)
+        with self.request("HEAD", url, self.push, headers, redirects=REDIRECT_LIMIT) as answer:
             if answer.status == 404:
                 return False
             if answer.status != 200:
@@ -218,6 +220,12 @@ class RegistryClient:
     def path(self, rest: str) -> Url:
         """Of something in the repository."""
         return self.base._replace(target=f"/v2/{self.name}/{rest}")
+
+    def place(self, descriptor: Descriptor) -> tuple[Url, dict[str, str]]:
+        """Where a blob is, and the headers to ask for it: registries keep manifests apart."""
+        if is_manifest(descriptor.media_type) or is_index(descriptor.media_type):
+            return self.path(f"manifests/{descriptor.digest}"), {"Accept": ", ".join(MANIFEST_TYPES)}
+        return self.path(f"blobs/{descriptor.digest}"), {}
 
     def request(
         self, method: str, url: Url, scope: str, headers: Mapping[str, str] | None = None, body: bytes | memoryview | None = None,
@@ -375,8 +383,9 @@ class RegistryBlob:
 
     def _open(self) -> None:
         client, size = self._client, self._descriptor.size
-        headers = {"Range": f"bytes={self._at}-"} if self._at else {}
-        url = client.path(f"blobs/{self._descriptor.digest}")
+        url, headers = client.place(self._descriptor)
+        if self._at:
+            headers["Range"] = f"bytes={self._at}-"
         self._answer = answer = client.request("GET", url, client.pull, headers, redirects=REDIRECT_LIMIT)
         try:
             if answer.status not in (200, 206):
@@ -426,3 +435,21 @@ class RegistryBlob:
 
     def _error(self, problem: str) -> RegistryError:
         return RegistryError(self._client.subject, f"{self._what}: {problem}", status=0)
+
+
+def open_source(reference: Reference, **options: Any) -> OciLayout | RegistryClient:
+    """Where an image is read from. In: options   of RegistryClient, for registries. ImageError: there is no such layout."""
+    return _open(reference, False, options)
+
+
+def open_target(reference: Reference, **options: Any) -> OciLayout | RegistryClient:
+    """Where an image is written to; a layout is made. In: options   of RegistryClient, for registries. ImageError, OSError."""
+    return _open(reference, True, options)
+
+
+def _open(reference: Reference, create: bool, options: Mapping[str, Any]) -> OciLayout | RegistryClient:
+    if reference.directory is None:
+        return RegistryClient(reference, **options)
+    from csvfast.image.layout import OciLayout
+
+    return OciLayout(reference.directory, create=create)
