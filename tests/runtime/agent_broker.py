@@ -1,0 +1,71 @@
+"""A broker in this process with the agent's images' key, for guests of one chip."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from runtime.agent_images import KEK
+
+from csvfast.broker.administration import LOCAL, Administration
+from csvfast.broker.config import BrokerConfig
+from csvfast.broker.master import FileMaster
+from csvfast.broker.model import ResourcePath
+from csvfast.broker.service import Service
+from csvfast.broker.store import AuditRecord, Store
+
+CONFIGURATION = """
+[store]
+url = "sqlite:///broker.db"
+[master]
+kind = "file"
+path = "master.key"
+[trust]
+roots = ["root.cert"]
+[limits]
+exempt = ["127.0.0.1"]
+[verdictd]
+listen = "127.0.0.1:0"
+freshness = "certificate"
+[kbs]
+listen = "127.0.0.1:0"
+"""
+
+
+class RunningBroker:
+    """Both doors. Attributes: doors: addresses by name. pin: of Verdictd's door, hexadecimal."""
+
+    def __init__(self, directory: Path, root: bytes) -> None:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        (directory / "root.cert").write_bytes(root)
+        config = BrokerConfig.parse(CONFIGURATION.encode(), directory)
+        self.store = Store.open(config.store_url, FileMaster.create(directory / "master.key"), create=True)
+        self.administration = Administration(self.store)
+        self.administration.put_resource(LOCAL, ResourcePath("default", "key", "images"), KEK)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._service = Service(config, self.store)
+        self._run(self._service.__aenter__())
+        self.doors = self._service.addresses
+
+    def measured(self, *measures: bytes) -> None:
+        self.administration.put_reference(LOCAL, "csv_measure", [measure.hex() for measure in measures], None)
+
+    def records(self) -> list[AuditRecord]:
+        return [entry.record for entry in self.store.iterate_audit()]
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run(self._service.__aexit__())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+        self._loop.close()
+        self.store.close()
