@@ -187,7 +187,7 @@ def _check_header(line: bytes, path: str) -> None:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip(b"\n"))
     except json.JSONDecodeError as error:
         raise RecipeError(f"column {error.colno}: is no JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:
