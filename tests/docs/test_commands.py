@@ -122,6 +122,13 @@ def prepare_machine(folder: Path) -> None:
     shutil.copy(folder / "cache" / "csvfast" / "boot" / "vmlinuz", folder / "vmlinuz")
 
 
+def prepare_image(folder: Path) -> None:
+    """A layout with a small image."""
+    from image.crypt_images import make_image
+
+    make_image(folder / "app", "1")
+
+
 PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("README.md", 18, evidence),
     ("docs/measure.md", 10, None),
@@ -134,6 +141,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/cache-model.md", 3, None),
     ("docs/guest.md", 2, prepare_boot_files),
     ("docs/virtual-machines.md", 3, prepare_machine),
+    ("docs/image-encryption.md", 8, prepare_image),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Python in README.md and three pages of docs runs as it is written, with the names it leaves open filled in.
+"""Python in README.md and four pages of docs runs as it is written, with the names it leaves open filled in.
 
 A line whose comment begins with the name of an exception must raise it.
 """
@@ -121,3 +121,16 @@ def test_measure(names: dict[str, Any]) -> None:
     (block,) = [one for one in blocks("docs/measure.md") if "launch_digest" in one]
     exec(runnable(block), names)
     assert len(names["launch"].pieces) > 2
+
+
+def test_image_encryption(names: dict[str, Any]) -> None:
+    from image.crypt_images import make_image, manifest_of
+
+    from csvfast.certs.private import write_private_file
+    from csvfast.image.layout import OciLayout
+
+    write_private_file(Path("images.key"), bytes(range(32)))
+    make_image(Path("app"), "1")
+    (block,) = blocks("docs/image-encryption.md")
+    exec(runnable(block), names)
+    assert manifest_of(OciLayout("sealed"), "clear") == manifest_of(OciLayout("app"), "1")
