@@ -20,8 +20,9 @@ Item = tuple[tarfile.TarInfo, bytes]
 
 
 def entry(
-    name: str, content: bytes = b"", *, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, link: str = "", mtime: float = 1_600_000_000,
-    uid: int = 0, gid: int = 0, xattrs: Mapping[str, str] | None = None, device: tuple[int, int] = (0, 0),
+    name: str, content: bytes = b"", *, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, link: str = "",
+    mtime: float = 1_600_000_000, uid: int = 0, gid: int = 0, xattrs: Mapping[str, str] | None = None,
+    device: tuple[int, int] = (0, 0),
 ) -> Item:  # fmt: skip
     info = tarfile.TarInfo(name)
     info.type, info.mode, info.linkname, info.mtime, info.uid, info.gid = kind, mode, link, mtime, uid, gid
@@ -133,7 +134,9 @@ def write_layout(
 def write_manifest(layout: Path, config: bytes, layers: list[dict[str, Any]], tag: str = "one") -> None:
     manifest = json.dumps({
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": write_blob(layout, config), "size": len(config)},
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json", "digest": write_blob(layout, config), "size": len(config),
+        },
         "layers": layers,
     }).encode()  # fmt: skip
     descriptor = {

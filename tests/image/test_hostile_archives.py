@@ -273,8 +273,8 @@ def test_damaged_compression(ahead: bool) -> None:
     good = gzip.compress(os.urandom(200_000))
     broken = {
         "cut": good[:-1], "cut in the middle": good[: len(good) // 2], "junk behind": good + b"junk", "no gzip": b"x" * 100,
-        "check sum": good[:-8] + bytes(4) + good[-4:], "length": good[:-4] + bytes(4), "zeros, then more": good + bytes(600) + b"x",
-        "only the header": good[:10],
+        "check sum": good[:-8] + bytes(4) + good[-4:], "length": good[:-4] + bytes(4),
+        "zeros, then more": good + bytes(600) + b"x", "only the header": good[:10],
     }  # fmt: skip
     for name, data in broken.items():
         with decompress(io.BytesIO(data), "gzip", ahead=ahead) as layer:
