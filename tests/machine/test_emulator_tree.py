@@ -256,6 +256,24 @@ def test_start_signal_and_wait(busybox: bytes, tmp_path: Path) -> None:
             pass
 
 
+KERNEL = r"""
+cat /proc/self/cmdline | tr '\0' ' '; echo; grep Threads /proc/self/status; grep MemTotal /proc/meminfo; readlink /proc/self/exe
+echo out > /dev/stdout; echo in | cat /dev/stdin; echo null > /dev/null; test -c /dev/null && echo device; ls /dev
+grep -c r-x /proc/self/maps; cat /proc/self/fd/9 9< /tmp/plain; stat -c %s /tmp/plain; cat /proc/1/status || echo none
+"""
+
+
+def test_files_of_the_kernel(busybox: bytes, tmp_path: Path) -> None:
+    with make_tree(tmp_path, busybox) as tree, EmulatedProcess() as process:
+        tree.write_bytes("/tmp/plain", b"content\n")
+        output, problems, code = run(process, "/bin/sh", "-c", KERNEL, root=tree, memory=16 << 20)
+    assert code == 0, problems
+    assert output.decode().splitlines() == [
+        "cat /proc/self/cmdline ", "Threads:\t1", "MemTotal:          16384 kB", "/bin/sh",
+        "out", "in", "device", "1", "content", "8", "none",
+    ], problems  # fmt: skip
+
+
 def test_what_the_machine_refuses_has_its_class(busybox: bytes, tmp_path: Path) -> None:
     with make_tree(tmp_path, busybox) as tree:
         tree.write_bytes("/text", b"no program", 0o755)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from csvfast.machine.emulator.tree import EncryptedTree, content_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["AT_FDCWD", "Files", "open_in_root"]
 
@@ -63,6 +63,8 @@ class Files:
         self.tree = root if isinstance(root, EncryptedTree) else None
         place = f"/proc/self/fd/{root.descriptor}" if isinstance(root, EncryptedTree) else root
         self.root = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.kernel: Callable[[bytes], int | None] = lambda _path: None  # opens what the kernel itself serves
+        self.made: set[int] = set()  # the host's descriptors of such files
         self.contents: dict[int, Opened] = {}  # by the host's descriptor: files of the encrypted tree
         self.cwd = b"/"
         self.open_files: dict[int, int] = {0: 0, 1: 1, 2: 2}
@@ -136,6 +138,13 @@ class Files:
     def open(self, path: bytes, flags: int, mode: int = 0) -> int:
         """Opens a path from the root. Out: a host's descriptor. Raises OSError."""
         wanted = flags
+        if path.startswith((b"/proc/", b"/dev/", b"/sys/")):
+            made = self.kernel(path)
+            if made is not None:
+                self.made.add(made)
+                return made
+        if path in _DEVICES:
+            flags &= ~(os.O_CREAT | os.O_EXCL)
         if self.tree is not None and not flags & os.O_PATH:
             flags &= ~os.O_APPEND  # the place is the tree's matter
             if flags & os.O_ACCMODE == os.O_WRONLY and self._is_plain(path, flags):
@@ -145,7 +154,7 @@ class Files:
         except FileNotFoundError:
             if path not in _DEVICES:
                 raise
-            return os.open(path, wanted | os.O_CLOEXEC | os.O_NOCTTY)
+            return os.open(path, wanted & ~(os.O_CREAT | os.O_EXCL) | os.O_CLOEXEC | os.O_NOCTTY)
         if self.tree is not None and not flags & os.O_PATH:
             if stat.S_ISREG(os.fstat(host).st_mode):
                 self.contents[host] = Opened(wanted)
@@ -169,16 +178,20 @@ class Files:
         found = os.dup(host)
         if host in self.contents:
             self.contents[found] = self.contents[host]
+        if host in self.made:
+            self.made.add(found)
         return found
 
     def close_host(self, host: int) -> None:
         """close."""
         self.contents.pop(host, None)
+        self.made.discard(host)
         os.close(host)
 
-    def size(self, status: os.stat_result) -> int:
-        """The size that the guest sees of a file below the root."""
-        if self.tree is not None and stat.S_ISREG(status.st_mode):
+    def size(self, host: int, status: os.stat_result) -> int:
+        """The size that the guest sees of an open file, which may be open for its name only."""
+        below = host in self.contents or (host not in self.made and fcntl.fcntl(host, fcntl.F_GETFL) & os.O_PATH)
+        if self.tree is not None and below and stat.S_ISREG(status.st_mode):
             return content_size(status.st_size)
         return status.st_size
 
@@ -253,7 +266,7 @@ class Files:
         try:
             yield host
         finally:
-            os.close(host)
+            self.close_host(host)
 
     @contextmanager
     def parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:

@@ -80,11 +80,12 @@ class Process:
         instructions: int | None = None, deadline: float | None = None, identity: Identity | None = None,
         hostname: str | None = None,
     ) -> None:  # fmt: skip
-        from csvfast.machine.emulator import syscalls
+        from csvfast.machine.emulator import kernel_files, syscalls
         from csvfast.machine.emulator.identity import Identity
 
         self.space = AddressSpace(memory, asid, frames, window, files)
         self.frames, self.files = frames, files
+        files.kernel = lambda path: kernel_files.opened(self, path)
         self.identity = Identity() if identity is None else identity
         self.hostname = hostname
         self.instructions, self.deadline = instructions, deadline
@@ -96,6 +97,8 @@ class Process:
         self._stopper: Stopper | None = None
         self.first = True
         self.name = ""
+        self.arguments: list[bytes] = []
+        self.environment: list[bytes] = []
         self.todo: Callable[[], int | None] | None = None
         self.calls = 0
         self._contexts: dict[int, Any] = {}
@@ -112,7 +115,7 @@ class Process:
         self.space.uc = None
         self.space.clear()
         entry, stack = load(self.space, file, name, arguments, environment, self.identity)
-        self.name = name
+        self.name, self.arguments, self.environment = name, list(arguments), list(environment)
         uc: Any = Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)  # type: ignore[no-untyped-call]
         self.uc = uc
         self.space.attach(uc)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
+from csvfast.machine.emulator import kernel_files
 from csvfast.machine.emulator.files import AT_FDCWD
 from csvfast.machine.emulator.syscalls_files import number_of, signed
 
@@ -40,10 +40,9 @@ def _creat(process: Process, address: int, mode: int, *_: int) -> int:
     return _openat(process, AT_FDCWD, address, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
 
 
-def _put_status(process: Process, address: int, status: os.stat_result, *, size: int | None = None) -> int:
-    if size is None:
-        size = process.files.size(status)
+def _put_status(process: Process, address: int, host: int, status: os.stat_result) -> int:
     user, group = process.identity.shown(status.st_uid, status.st_gid)
+    size = process.files.size(host, status)
     times: list[int] = []
     for value in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns):
         times += divmod(value, 10**9)
@@ -54,49 +53,37 @@ def _put_status(process: Process, address: int, status: os.stat_result, *, size:
     return 0
 
 
-def _status(process: Process, path: bytes, *, follow: bool) -> os.stat_result:
-    try:
-        with process.files.at(path, follow=follow) as host:
-            return os.fstat(host)
-    except FileNotFoundError:
-        if path in (b"/dev/null", b"/dev/zero", b"/dev/urandom", b"/dev/random", b"/dev/tty"):
-            return os.stat(path)  # noqa: PTH116 - bytes
-        raise
+def _status(process: Process, address: int, path: bytes, *, follow: bool) -> int:
+    with process.files.at(path, follow=follow) as host:
+        return _put_status(process, address, host, os.fstat(host))
 
 
 def _stat(process: Process, path: int, address: int, *_: int) -> int:
-    return _put_status(process, address, _status(process, _path(process, AT_FDCWD, path), follow=True))
+    return _status(process, address, _path(process, AT_FDCWD, path), follow=True)
 
 
 def _lstat(process: Process, path: int, address: int, *_: int) -> int:
-    return _put_status(process, address, _status(process, _path(process, AT_FDCWD, path), follow=False))
+    return _status(process, address, _path(process, AT_FDCWD, path), follow=False)
 
 
 def _fstat(process: Process, number: int, address: int, *_: int) -> int:
     host = process.files.host(number_of(number))
-    status = os.fstat(host)
-    below = host in process.files.contents or fcntl.fcntl(host, fcntl.F_GETFL) & os.O_PATH
-    return _put_status(process, address, status, size=None if below else status.st_size)
+    return _put_status(process, address, host, os.fstat(host))
 
 
 def _fstatat(process: Process, directory: int, path: int, address: int, flags: int, *_: int) -> int:
     if flags & _EMPTY and not process.space.text(path):
         if number_of(directory) != AT_FDCWD:
             return _fstat(process, directory, address)
-        return _put_status(process, address, _status(process, process.files.cwd, follow=True))
-    return _put_status(
-        process, address, _status(process, _path(process, directory, path), follow=not flags & _NOFOLLOW)
-    )
+        return _status(process, address, process.files.cwd, follow=True)
+    return _status(process, address, _path(process, directory, path), follow=not flags & _NOFOLLOW)
 
 
 def _accessat(process: Process, directory: int, path: int, mode: int, *_: int) -> int:
     where = _path(process, directory, path)
-    try:
-        with process.files.at(where, follow=True) as host:
-            if not os.access(f"/proc/self/fd/{host}", mode & 7):
-                raise OSError(errno.EACCES, "access")
-    except FileNotFoundError:
-        _status(process, where, follow=True)
+    with process.files.at(where, follow=True) as host:
+        if not os.access(f"/proc/self/fd/{host}", mode & 7):
+            raise OSError(errno.EACCES, "access")
     return 0
 
 
@@ -106,8 +93,9 @@ def _access(process: Process, path: int, mode: int, *_: int) -> int:
 
 def _readlinkat(process: Process, directory: int, path: int, address: int, length: int, *_: int) -> int:
     where = _path(process, directory, path)
-    if where == b"/proc/self/exe":
-        target = b"/" + os.fsencode(process.name).lstrip(b"/")
+    made = kernel_files.link(process, where)
+    if made is not None:
+        target = made
     else:
         with process.files.parent(where) as (host, name):
             target = os.readlink(name, dir_fd=host)
