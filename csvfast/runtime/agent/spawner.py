@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -339,12 +340,28 @@ def _end(children: Mapping[int, int], clean: Sequence[str]) -> None:
     for pid in children:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    # What those had forked is ours by now (subreaper): a runtime that was killed leaves its container's program.
     with suppress(ChildProcessError):
         while True:
-            os.waitpid(-1, 0)
+            for pid in _own_children():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.005)
     for folder in clean:
         unmount_below(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_children() -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError, IndexError):
+                fields = (folder / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+                if int(fields[1]) == os.getpid():
+                    found.append(int(folder.name))
+    return found
 
 
 def unmount_below(folder: str) -> None:
