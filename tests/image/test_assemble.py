@@ -115,7 +115,7 @@ def test_clear_and_mixed_layers(tmp_path: Path, place: Path, image: Image) -> No
     clear = write_layout(tmp_path / "clear", [BASE, TOP])
     with OciLayout(clear) as source:
         assert assemble_image(source, "one", place / "a").encrypted == (False, False)
-        with pytest.raises(ImageError, match="layer 1 of 2: media type .*expected an encrypted layer"):
+        with pytest.raises(ImageError, match=r"layer 1 of 2: media type .*expected an encrypted layer"):
             assemble_image(source, None, place / "b", clear_layers=False)
     index = json.loads((clear / "index.json").read_text())["manifests"][0]["digest"][7:]
     first = json.loads((clear / "blobs/sha256" / index).read_text())["layers"][0]
@@ -280,7 +280,7 @@ def test_errors_name_layer_and_entry(tmp_path: Path, place: Path) -> None:
     assert nothing_in(place)
     with pytest.raises(ImageError, match="more than 2 entries"):
         image.assemble(place / "root", limits=Limits(entries=2))
-    with pytest.raises(ImageError, match="layers of .* bytes; the limit is 1000"):
+    with pytest.raises(ImageError, match=r"layers of .* bytes; the limit is 1000"):
         image.assemble(place / "root", limits=Limits(total_bytes=1000))
     with pytest.raises(ImageError, match="2 layers; the limit is 1"):
         image.assemble(place / "root", limits=Limits(layers=1))
@@ -383,8 +383,8 @@ def test_a_directory_somebody_works_in_is_left_alone(image: Image, place: Path) 
 
 
 def test_the_spool_gives_its_space_back(tmp_path: Path) -> None:
-    for directory in (tmp_path, Path("/dev/shm")):
-        with Spool(directory) as spool:
+    for place in (tmp_path, Path("/dev/shm")):
+        with Spool(place) as spool:
             data = os.urandom(1 << 20)
             for _turn in range(16):
                 spool.write(data)
