@@ -177,7 +177,7 @@ def media_type_of(data: bytes) -> str:
     said = document.get("mediaType")
     if type(said) is str and (is_manifest(said) or is_index(said)):
         return said
-    if said is not None or not {"config", "manifests"} & document.keys():
+    if said is not None or not ("manifests" in document or {"config", "layers"} <= document.keys()):
         raise ImageError("manifest", f"mediaType {ascii(said)[:100]}; expected {MANIFEST_TYPE}, {INDEX_TYPE} or Docker's")
     return INDEX_TYPE if "manifests" in document else MANIFEST_TYPE
 
