@@ -222,11 +222,11 @@ class ProcessGuest(Guest):
             return "the agent was not started"
         lines = [line.strip() for line in self.process.errors().splitlines() if line.strip()]
         code = self.process.exit_code
+        if code is not None and code < 0:
+            return f"the agent was killed by signal {-code}"
         if lines:
             return lines[-1][:500]
-        if code is None:
-            return "the agent runs"
-        return f"the agent was killed by signal {-code}" if code < 0 else f"the agent ended with {code}"
+        return "the agent runs" if code is None else f"the agent ended with {code}"
 
     def stop(self, seconds: float = 5.0) -> None:
         """Ends it; the guest is decommissioned."""

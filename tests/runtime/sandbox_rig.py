@@ -11,12 +11,14 @@ import json
 import mmap
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from csvfast.image.manifest import Manifest
 from csvfast.image.wrappers import LocalKek
 
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
-KEK = bytes(range(100, 132))
+KEK = hashlib.sha256(b"the key-encryption key of these tests").digest()
 PATH = ResourcePath("default", "key", "images")
 # What is searched for: in a file of the image, and made by the program in its memory.
 MARK = b"a line that only the container may know 7c1f"
@@ -72,7 +74,8 @@ int main(int count, char **words) {
             memcpy(held + place + got + sizeof first - 1, second, sizeof second);
         }
         file = open("/tmp-file", O_CREAT | O_WRONLY | O_TRUNC, 0600);
-        if (write(file, held, sizeof held) != sizeof held) return 4;
+        for (place = 0; place < (ssize_t)sizeof held; place += got)
+            if ((got = write(file, held + place, sizeof held - place)) < 1) return 4;
         puts("holding"); fflush(stdout);
         for (;;) pause();
     }
@@ -272,6 +275,120 @@ def processes_with(text: str) -> list[int]:
             if text.encode() in whole and alive(int(folder.name)):
                 found.append(int(folder.name))
     return found
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    parents: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(folder.name))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    return found
+
+
+def found_in_memory(pid: int, words: Sequence[bytes]) -> list[bytes]:
+    """Which of the words stand in a process's memory."""
+    found = set()
+    maps = Path(f"/proc/{pid}/maps").read_text(encoding="ascii", errors="replace").splitlines()
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in maps:
+            place, rights, *_ = line.split()
+            if not rights.startswith("rw") or line.endswith(("[vvar]", "[vsyscall]")):
+                continue
+            begin, end = (int(one, 16) for one in place.split("-"))
+            kept = b""
+            while begin < end:
+                try:
+                    memory.seek(begin)
+                    data = kept + memory.read(min(end - begin, 8 << 20))
+                except (OSError, ValueError, OverflowError):
+                    break
+                if len(data) == len(kept):
+                    break
+                found |= {word for word in words if word in data}
+                begin += len(data) - len(kept)
+                kept = data[-64:]
+    return sorted(found)
+
+
+def drams_of(pids: Iterable[int]) -> list[Path]:
+    """The memory files that are the DRAM of these processes' machines."""
+    found: dict[int, Path] = {}
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                if "csvfast-dram" in str(path.readlink()):
+                    found.setdefault(path.stat().st_ino, path)
+            except OSError:
+                continue
+    return list(found.values())
+
+
+class Relay:
+    """Stands before a server and is dead after some bytes of its answers: connections cut, nobody listens. A context manager."""
+
+    def __init__(self, target: str, limit: int) -> None:
+        self._host, _, port = target.rpartition(":")
+        self._port, self._left = int(port), limit
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        self._guard = threading.Lock()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                ours, _ = self._listener.accept()
+                theirs = socket.create_connection((self._host, self._port))
+            except OSError:
+                return
+            with self._guard:
+                self._open += [ours, theirs]
+            for source, target, counted in ((ours, theirs, False), (theirs, ours, True)):
+                thread = threading.Thread(target=self._carry, args=(source, target, counted), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _carry(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if counted:
+                    data = data[: self._left]
+                    self._left -= len(data)
+                target.sendall(data)
+                if counted and self._left <= 0:
+                    self.die()
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def limit(self, bytes_left: int) -> None:
+        """From now on so many bytes are left."""
+        self._left = max(bytes_left, 1)
+
+    def die(self) -> None:
+        for one in (self._listener, *self._open):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *_problem: object) -> None:
+        self.die()
+        for thread in self._threads:
+            thread.join(10)
+        for one in (self._listener, *self._open):
+            one.close()
 
 
 def wait_for(condition: Any, seconds: float = 20.0, what: str = "") -> None:
