@@ -23,7 +23,7 @@ from csvfast.image.wrappers import LocalKek
 KEK = b"a key of thirty-two bytes, wraps"
 SECRET_LINE = "the plaintext that nobody but the guest may read\n"
 APPLETS = ("sh", "cat", "echo", "env", "id", "ls", "ps", "sleep", "hostname", "mount", "true", "false", "kill", "head", "ip", "grep",
-           "dd", "touch", "wc")  # fmt: skip
+           "dd", "touch", "wc", "readlink")  # fmt: skip
 
 
 def _tar(files: Sequence[tuple[tarfile.TarInfo, bytes]]) -> bytes:
@@ -82,6 +82,7 @@ class Registry:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 20
 
             def do_GET(self) -> None:
                 registry.asked.append(self.path)
@@ -100,6 +101,7 @@ class Registry:
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
+                self.wfile.flush()
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -18,7 +18,7 @@ from csvfast.runtime.protocol import Connection, Frame
 class AgentProcess:
     """Runs `python -m csvfast.runtime.agent`; its request() asks it."""
 
-    def __init__(self, configuration: AgentConfiguration, work: Path, executor: str = "namespaces", *more: str) -> None:
+    def __init__(self, configuration: AgentConfiguration, work: Path, executor: str = "namespaces", *more: str, runtime: str | None = None) -> None:
         work.mkdir(exist_ok=True)
         (work / "agent.json").write_bytes(configuration.encode())
         ours, theirs = socket.socketpair()
@@ -28,12 +28,13 @@ class AgentProcess:
             command = [
                 sys.executable, "-m", "csvfast.runtime.agent", "--link", str(theirs.fileno()), "--configuration",
                 str(work / "agent.json"), "--executor", executor, "--work", str(work), *more,
+                *(("--runtime", runtime) if runtime else ()),
             ]  # fmt: skip
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, env=os.environ)
         self.connection = Connection(ours.detach(), on_event=self.events.append, name="test-host")
 
-    def request(self, method: str, /, seconds: float = 60.0, **parameters: Any) -> dict[str, Any]:
-        return self.connection.request(method, parameters, seconds)
+    def request(self, method: str, /, **parameters: Any) -> dict[str, Any]:
+        return self.connection.request(method, parameters, 60.0)
 
     def run(self, container: str, image: str, stdin: bytes | None = None, **parameters: Any) -> tuple[int, str, str]:
         """Create, start, wait. Out: exit code, standard output and error"""

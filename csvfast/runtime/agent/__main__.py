@@ -6,6 +6,7 @@
     --work DIRECTORY            private; in a virtual machine: in its memory
     --report-socket PATH --vcpu-socket PATH --guest HANDLE      of a simulated platform; without them the processor's channel
     --dram, --dram-address, --dram-size, --memory-key, --window, --memory     of the emulator
+    --runtime runc|crun|bwrap   for native; without it the first of them that is there
 
 It ends with the wire, or after DestroySandbox.
 """
@@ -29,7 +30,7 @@ __all__ = ["main"]
 
 _OPTIONS: Final = frozenset({
     "link", "configuration", "executor", "work", "report-socket", "vcpu-socket", "guest", "dram", "dram-address", "dram-size",
-    "memory-key", "window", "memory",
+    "memory-key", "window", "memory", "runtime",
 })  # fmt: skip
 _NEEDED: Final = ("link", "configuration", "executor")
 _LINK_SECONDS: Final = 60.0
@@ -93,15 +94,25 @@ def _runner(options: Mapping[str, str], work: Path, spawner: Spawner | None) -> 
     if executor == "emulator":
         from csvfast.runtime.agent.containers_emulator import EmulatorRunner
 
-        return EmulatorRunner(work, int(options.get("memory", 256 << 20)))
+        memory = int(options.get("memory") or options.get("dram-size") or 256 << 20)
+        return EmulatorRunner(work, memory, _window(options.get("window", "256K"), memory))
     assert spawner is not None
     if executor == "native":
         from csvfast.runtime.agent.containers_native import native_runner
 
-        return native_runner(spawner, work)
+        return native_runner(spawner, work, options.get("runtime"))
     from csvfast.runtime.agent.containers_namespaces import NamespacesRunner
 
     return NamespacesRunner(spawner, _control_groups() if executor == "vm" else None)
+
+
+def _window(text: str, memory: int) -> int:
+    """Bytes. In: text   a share of the memory ("1/4"), or bytes ("64M")"""
+    share, slash, whole = text.partition("/")
+    if slash:
+        return max(64 << 10, memory * int(share) // int(whole))
+    unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:])
+    return int(text) if unit is None else int(text[:-1]) << unit
 
 
 def _control_groups() -> Path | None:

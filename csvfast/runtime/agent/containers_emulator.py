@@ -1,7 +1,7 @@
 """Containers on the emulated processor: static programs, their memory and their files' contents ciphertext.
 
-The tree's key is made here, at random, and goes to the emulators' processes alone. One program for each container, and those it
-forks. Thread-safety: as Runner.
+The tree's key is made here, at random, and goes to the emulators' processes alone. Each program, with those it forks, has a
+machine of its own; they have the container's files in common, nothing else. Thread-safety: as Runner.
 """
 
 from __future__ import annotations
@@ -81,7 +81,14 @@ class EmulatorRunner(Runner):
 
     def start(self, bundle: Bundle, standard: Sequence[int]) -> Program:
         """See Runner."""
-        process = bundle.spec["process"]
+        return self._start(bundle, bundle.spec["process"], standard)
+
+    def execute(self, bundle: Bundle, program: Program, process: Mapping[str, Any], standard: Sequence[int]) -> Program:
+        """See Runner. It sees the container's files, not its processes."""
+        del program
+        return self._start(bundle, process, standard)
+
+    def _start(self, bundle: Bundle, process: Mapping[str, Any], standard: Sequence[int]) -> Program:
         user = process["user"]
         limit = bundle.spec.get("linux", {}).get("resources", {}).get("memory", {}).get("limit", self._memory)
         child, self._spare = self._spare or self._new_process(), None

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,16 +31,17 @@ _SECONDS: Final = 20.0
 _ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
 
-def native_runner(spawner: Spawner, work: Path) -> Runner:
-    """runc, or else crun, or else bwrap. ContainerError "executor": none is installed."""
-    for name in ("runc", "crun"):
-        if program := shutil.which(name, path=_ENVIRONMENT["PATH"]):
-            if os.geteuid():  # containers of users need more than these two are given here
-                break
+def native_runner(spawner: Spawner, work: Path, wanted: str | None = None) -> Runner:
+    """runc, or else crun, or else bwrap; or the one wanted. ContainerError "executor": it is not there."""
+    for name in ("runc", "crun", "bwrap"):
+        if wanted is not None and name != wanted:
+            continue
+        program = shutil.which(name, path=_ENVIRONMENT["PATH"])
+        if program and name == "bwrap":
+            return BubblewrapRunner(spawner, Path(program))
+        if program and not os.geteuid():  # for other users they would need more than is given here
             return RuntimeRunner(spawner, Path(program), work)
-    if program := shutil.which("bwrap", path=_ENVIRONMENT["PATH"]):
-        return BubblewrapRunner(spawner, Path(program))
-    raise ContainerError("executor", "neither runc nor crun (for root) nor bwrap is installed")
+    raise ContainerError("executor", f"{wanted or 'neither runc nor crun (for root) nor bwrap'}: not installed")
 
 
 class RuntimeRunner(Runner):
@@ -78,7 +80,13 @@ class RuntimeRunner(Runner):
     def start(self, bundle: Bundle, standard: Sequence[int]) -> Program:
         """See Runner."""
         self._there.add(self._id(bundle))
-        program = self._command("run", "--bundle", str(bundle.directory), self._id(bundle), standard=standard)
+        begun = bundle.directory / "pid"
+        program = self._command(
+            "run", "--pid-file", str(begun), "--bundle", str(bundle.directory), self._id(bundle), standard=standard
+        )
+        end = time.monotonic() + _SECONDS  # until then nothing can be executed in it, and no signal sent
+        while not begun.exists() and program.wait(0.005) is None and time.monotonic() < end:
+            pass
         return _RuntimeProgram(self, bundle, program)
 
     def execute(self, bundle: Bundle, program: Program, process: Mapping[str, Any], standard: Sequence[int]) -> Program:

@@ -237,7 +237,9 @@ class Agent:
             shared = []
             for volume, path in volumes:
                 place = self.work / "volumes" / volume
-                place.mkdir(mode=0o777, exist_ok=True)
+                if not place.exists():
+                    place.mkdir()
+                    place.chmod(0o1777)  # containers' users differ
                 shared.append((str(place), path))
             bundle = Bundle(identifier, directory, rootfs, spec, shared)
             self.runner.prepare(bundle)

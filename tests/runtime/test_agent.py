@@ -1,0 +1,268 @@
+"""The agent as a child process: containers by each runner, its policy, what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runtime.agent_images import SECRET_LINE, Registry, encrypt, make_image
+from runtime.agent_process import AgentProcess, busybox, leftovers
+
+from csvfast.errors import ContainerError
+from csvfast.image.layout import OciLayout
+from csvfast.runtime.agent.configuration import AgentConfiguration
+from csvfast.runtime.agent_policy import AgentPolicy
+from csvfast.runtime.protocol import Frame
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces without root"),
+    pytest.mark.skipif(busybox() is None, reason="no guest files: run tools/install-test-tools.sh"),
+]
+SHELL = ["/bin/sh", "-c"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    layout = OciLayout(tmp_path_factory.mktemp("images") / "layout", True)
+    program = busybox()
+    assert program is not None
+    make_image(layout, program, "clear")
+    make_image(layout, program, "user", User="user:user", Entrypoint=["/bin/sh", "-c"], Cmd=["id"])
+    make_image(layout, program, "other", architecture="x")
+    encrypt(layout, "clear", "encrypted")
+    with Registry(layout) as registry:
+        yield registry
+
+
+def policy(**more: object) -> AgentPolicy:
+    usual = {
+        "unencrypted": True, "commands": ["image", ["/bin/sh", "-c", "*"]], "executions": [["/bin/sh", "-c", "*"]], "stdin": True,
+        "environment": ["WORD=*"], "containers": 4, "users": ["image", "1000:*"], "volumes": ["shared:/*"],
+    }  # fmt: skip
+    return AgentPolicy.for_one_image("127.0.0.1:*", **usual | more)
+
+
+def configuration(allowed: AgentPolicy) -> AgentConfiguration:
+    return AgentConfiguration(policy=allowed, registries=[{"host": "127.0.0.1:*", "plain_http": True}])
+
+
+@pytest.fixture(params=["namespaces", "runc", "bwrap", "emulator"])
+def runner(request: pytest.FixtureRequest) -> str:
+    if request.param in ("runc", "bwrap"):
+        if shutil.which(request.param) is None:
+            pytest.skip(f"{request.param} is not installed")
+    elif request.param == "emulator":
+        pytest.importorskip("unicorn")
+    return str(request.param)
+
+
+def agent_of(runner: str, work: Path, allowed: AgentPolicy | None = None) -> AgentProcess:
+    executor = "native" if runner in ("runc", "bwrap") else runner
+    agent = AgentProcess(configuration(allowed or policy()), work, executor, runtime=runner if executor == "native" else None)
+    assert agent.request("CreateSandbox", sandbox="pod-1")["runner"] == runner
+    return agent
+
+
+def test_container(runner: str, images: Registry, tmp_path: Path) -> None:
+    name = f"127.0.0.1:{images.port}/team/app:clear"
+    with agent_of(runner, tmp_path / "work") as agent:
+        pulled = agent.request("PullImage", image=name)
+        assert (pulled["layers"], pulled["encrypted"]) == (2, 0)
+        assert agent.run("one", name) == (0, SECRET_LINE, "")
+        agent.request("PullImage", image="127.0.0.1:1/any:name", source=name)
+        script = "id -u; hostname; echo $WORD $FROM; pwd; cat; echo more >&2; echo x >/tmp/file; cat /tmp/file; exit 7"
+        process = {"args": [*SHELL, script], "env": ["WORD=given"]}
+        code, out, errors = agent.run("two", "127.0.0.1:1/any:name", b"over stdin\n", process=process)
+        assert (code, errors) == (7, "more\n")
+        assert out == "0\npod-1\ngiven image\n/work\nover stdin\nx\n"
+        # The event may come behind the reply.
+        end = time.monotonic() + 10
+        while len(agent.events) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert [event["exit_code"] for event in agent.events] == [0, 7]
+        steps = {step["step"] for step in agent.request("GetTimings")["steps"]}
+        assert {"pull", "unpack", "download", "start container"} <= steps
+        agent.request("DestroySandbox")
+        agent.connection.wait_closed(20)
+    assert leftovers(tmp_path / "work") == []
+
+
+def test_signals_and_further_programs(runner: str, images: Registry, tmp_path: Path) -> None:
+    name = f"127.0.0.1:{images.port}/team/app:clear"
+    with agent_of(runner, tmp_path / "work") as agent:
+        agent.request("PullImage", image=name)
+        script = "trap 'echo stopped; exit 3' TERM; echo ready; while true; do sleep 0.05; done"
+        made = agent.request("CreateContainer", container="one", image=name, process={"args": [*SHELL, script]})
+        agent.request("StartContainer", container="one")
+        with pytest.raises(ContainerError, match="started already"):
+            agent.request("StartContainer", container="one")
+        reader = agent.connection.reader(Frame.STDOUT, made["process"])
+        assert reader.read(timeout=30) == b"ready\n"
+        assert agent.request("WaitProcess", process=made["process"], seconds=0.01) == {"running": True}
+        if runner != "bwrap":
+            more = agent.request("ExecProcess", container="one", args=[*SHELL, "cat; exit 9"], stdin=True)
+            assert agent.finish(more["process"], b"typed") == (9, "typed", "")
+            assert isinstance(agent.request("StatsContainer", container="one"), dict)
+            agent.request("SignalProcess", process=made["process"], signal=int(signal.SIGTERM))
+            assert agent.finish(made["process"]) == (3, "stopped\n", "")
+        else:
+            with pytest.raises(ContainerError, match="executor: one: bwrap runs one program"):
+                agent.request("ExecProcess", container="one", args=[*SHELL, "true"])
+        agent.request("RemoveContainer", container="one")
+        with pytest.raises(ContainerError, match="there is no container one"):
+            agent.request("StatsContainer", container="one")
+    assert leftovers(tmp_path / "work") == []
+
+
+def test_namespaces_are_its_own(images: Registry, tmp_path: Path) -> None:
+    """What a container of our own making sees and may do; a pod's containers share network and volumes, not processes."""
+    name = f"127.0.0.1:{images.port}/team/app:user"
+    with agent_of("namespaces", tmp_path / "work") as agent:
+        agent.request("PullImage", image=name)
+        script = (
+            "id; ps | wc -l; ls /sys/class/net; grep -c . /proc/self/mountinfo; grep -E '^(CapEff|NoNewPrivs)' /proc/self/status;"
+            "cat /proc/kcore | wc -c; (echo x >/proc/sys/kernel/hostname) 2>&1; mount -t tmpfs x /tmp 2>&1; (echo y >/etc/passwd) 2>&1;"
+            "ls /dev; readlink /proc/self/ns/net; ls -d /proc/1/root/work/.. ; echo 1 > /shared/file; cat /nowhere"
+        )
+        volumes = [{"name": "shared", "path": "/shared"}]
+        process = {"args": [*SHELL, script]}
+        code, out, errors = agent.run("one", name, process=process, volumes=volumes)
+        lines = out.splitlines()
+        assert lines[0].startswith("uid=1000(user) gid=1000(user)")
+        assert (lines[1], lines[2]) == ("4", "lo")
+        assert "CapEff:\t0000000000000000" in out
+        assert "NoNewPrivs:\t1" in out
+        assert int(lines[3]) < 40
+        assert "Read-only file system" in out or "Permission denied" in out
+        assert out.count("ermitted") + out.count("enied") >= 1
+        assert {"null", "zero", "urandom", "pts", "shm"} <= set(lines)
+        assert (code, "nowhere" in errors) == (1, True)
+        network = next(line for line in lines if line.startswith("net:"))
+        assert network != os.readlink("/proc/self/ns/net")
+        agent.request("PullImage", image=name)
+        process = {"args": [*SHELL, "readlink /proc/self/ns/net; cat /shared/file"]}
+        code, out, _ = agent.run("two", name, process=process, volumes=volumes)
+        assert out.splitlines()[0] == network
+        agent.request("PullImage", image=name)
+        with pytest.raises(ContainerError, match=r"limit: memory\.max"):
+            agent.request("CreateContainer", container="three", image=name, memory=64 << 20)
+        made = agent.request("CreateContainer", container="four", image=name, process={"args": [*SHELL, "exec /nothing"]})
+        agent.request("StartContainer", container="four")
+        assert agent.finish(made["process"])[0] == 127
+    assert leftovers(tmp_path / "work") == []
+
+
+@pytest.mark.parametrize("victim", ["agent", "spawner", "both"])
+def test_killed_agent_leaves_nothing(victim: str, images: Registry, tmp_path: Path) -> None:
+    name = f"127.0.0.1:{images.port}/team/app:clear"
+    work = tmp_path / "work"
+    agent = agent_of("namespaces", work)
+    agent.request("PullImage", image=name)
+    made = agent.request("CreateContainer", container="one", image=name, process={"args": [*SHELL, "echo on; sleep 1000"]})
+    pid = agent.request("StartContainer", container="one")["pid"]
+    agent.connection.reader(Frame.STDOUT, made["process"]).read(timeout=20)
+    children = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children").read_text().split()
+    assert len(children) == 1
+    if victim != "agent":
+        os.kill(int(children[0]), signal.SIGKILL)
+    if victim != "spawner":
+        agent.process.kill()
+    agent.close()
+    end = time.monotonic() + 20
+    while time.monotonic() < end and (Path(f"/proc/{pid}").exists() or (victim != "both" and leftovers(work))):
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}").exists()
+    if victim != "both":  # who holds both has the files removed by whoever started the agent
+        assert leftovers(work) == []
+
+
+def test_policy(images: Registry, tmp_path: Path) -> None:
+    """Whatever the policy does not name is refused, before anything is fetched or run."""
+    name = f"127.0.0.1:{images.port}/team/app:clear"
+    allowed = AgentPolicy(images=[name], unencrypted=True, commands=["image"], users=["image"])
+    with agent_of("namespaces", tmp_path / "work", allowed) as agent:
+        images.asked.clear()
+        refusals = {"PullImage": {"image": name.replace("clear", "user")}}
+        for method, parameters in refusals.items():
+            with pytest.raises(ContainerError, match="policy: image .* is not allowed"):
+                agent.request(method, **parameters)
+        assert images.asked == []
+        agent.request("PullImage", image=name)
+        for parameters, words in (
+            ({"process": {"args": ["/bin/sh"]}}, "command '/bin/sh'"),
+            ({"process": {"command": ["-x"]}}, "command '-x'"),
+            ({"process": {"env": ["LD_PRELOAD=x"]}}, "environment variable 'LD_PRELOAD'"),
+            ({"process": {"user": "0"}}, "user '0'"),
+            ({"process": {"cwd": "/etc"}}, "working directory"),
+            ({"stdin": True}, "stdin"),
+            ({"volumes": [{"name": "a", "path": "/b"}]}, "volume 'a'"),
+        ):
+            with pytest.raises(ContainerError, match=words) as refused:
+                agent.request("CreateContainer", container="one", image=name, **parameters)
+            assert refused.value.kind == "policy"
+        made = agent.request("CreateContainer", container="one", image=name)
+        with pytest.raises(ContainerError, match="policy: more than 1 containers"):
+            agent.request("CreateContainer", container="two", image=name)
+        agent.request("StartContainer", container="one")
+        with pytest.raises(ContainerError, match="policy: (command|signals)"):
+            agent.request("ExecProcess", container="one", args=["/bin/sh"])
+        with pytest.raises(ContainerError, match="policy: signals"):
+            agent.request("SignalProcess", process=made["process"], signal=9)
+        assert agent.finish(made["process"])[0] == 0
+
+
+def test_images_that_are_refused(images: Registry, tmp_path: Path) -> None:
+    place = f"127.0.0.1:{images.port}/team/app"
+    with agent_of("namespaces", tmp_path / "work", policy(unencrypted=False)) as agent:
+        with pytest.raises(ContainerError, match="policy: 2 layers are not encrypted"):
+            agent.request("PullImage", image=f"{place}:clear")
+        with pytest.raises(ContainerError, match="broker: .* names no broker"):
+            agent.request("PullImage", image=f"{place}:encrypted")
+        with pytest.raises(ContainerError, match="image: .*404|MANIFEST_UNKNOWN"):
+            agent.request("PullImage", image=f"{place}:nowhere")
+        with pytest.raises(ContainerError, match="image: .*expected an image in a registry"):
+            agent.request("PullImage", image="127.0.0.1:1/x:y", source=f"oci:{tmp_path}")
+        with pytest.raises(ContainerError, match="was not pulled"):
+            agent.request("CreateContainer", container="one", image=f"{place}:clear")
+    work = tmp_path / "pinned"
+    with agent_of("namespaces", work, policy(manifests=["sha256:" + "0" * 64])) as agent, pytest.raises(
+        ContainerError, match="policy: manifest"
+    ):
+        agent.request("PullImage", image=f"{place}:clear")
+    assert leftovers(work) == []
+
+
+def test_requests_that_are_none(tmp_path: Path) -> None:
+    with AgentProcess(configuration(policy()), tmp_path / "work") as agent:
+        with pytest.raises(ContainerError, match="state: there is no sandbox"):
+            agent.request("PullImage", image="x")
+        agent.request("CreateSandbox", sandbox="one")
+        with pytest.raises(ContainerError, match="there is a sandbox already"):
+            agent.request("CreateSandbox", sandbox="two")
+        for method, parameters, words in (
+            ("Nothing", {}, "method 'Nothing' is unknown"),
+            ("PullImage", {}, "image: expected a text"),
+            ("PullImage", {"image": 1}, "image: expected str"),
+            ("PullImage", {"image": "x", "more": 1}, "'more' is unknown"),
+            ("CreateContainer", {"container": "../x", "image": "x"}, "container: expected a name"),
+            ("WaitProcess", {"process": -1}, "a number from 1"),
+            ("WaitProcess", {"process": True}, "a number from 1"),
+        ):
+            with pytest.raises(ContainerError, match=words) as refused:
+                agent.request(method, **parameters)
+            assert refused.value.kind == "protocol"
+        with pytest.raises(ContainerError, match="there is no process 5"):
+            agent.request("WaitProcess", process=5)
+
+
+def test_arguments_that_are_none(tmp_path: Path) -> None:
+    agent = AgentProcess(configuration(policy()), tmp_path / "work", "namespaces", "--nothing", "x")
+    assert "option --nothing is unknown" in agent.close()
+    (tmp_path / "bad").mkdir()
+    agent = AgentProcess(configuration(policy()), tmp_path / "work", "native", runtime="nothing")
+    assert "agent: ContainerError: executor" in agent.close()
