@@ -116,7 +116,7 @@ class Monitor:
         options = self.options
         self._said(f"executor {self.executor.name}: {self.executor.statement()}")
         if options.broker and not options.broker_pin and not options.broker_ca and not options.configuration:
-            self._said(f"nothing says which broker {options.broker} is: whoever answers there can hand out keys of its own making")
+            self._said(f"nothing says which broker {options.broker} is: whoever answers there may hand out keys of his own")
         loopback = loopback_of(self.executor)
         mirror = self._exit.enter_context(mirror_image(options, loopback, self.timings))
         configuration = configuration_for(options, mirror.name, mirror.digest, loopback).encode()

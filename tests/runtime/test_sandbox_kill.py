@@ -98,7 +98,8 @@ def test_the_agent_is_killed(demo: Demo, executor: str) -> None:
         seen = family(process.pid)
         os.kill(agent_of(process.pid), signal.SIGKILL)
         assert process.wait(30) == 137
-        assert b"the container was lost: the guest ended during WaitProcess: the agent was killed by signal 9" in process.stderr.read()
+        said = process.stderr.read()
+        assert b"the container was lost: the guest ended during WaitProcess: the agent was killed by signal 9" in said
     all_gone(seen)
     next_run_works(demo, executor)
 
