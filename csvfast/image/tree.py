@@ -390,12 +390,14 @@ class RootDirectory:
             descriptor = os.open(name, _READ, dir_fd=above)
         except OSError:
             return None
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return None
             data = bytearray()
-            while piece := file.read(min(1 << 16, limit + 1 - len(data))):
+            while piece := os.read(descriptor, min(1 << 16, limit + 1 - len(data))):
                 data += piece
+        finally:
+            os.close(descriptor)
         if len(data) > limit:
             raise ImageError(path, f"more than {limit} bytes")
         return bytes(data)

@@ -53,17 +53,43 @@ def user(text: str, passwd: bytes | None = PASSWD, group: bytes | None = GROUP) 
 
 def test_a_whole_configuration() -> None:
     found = parse(
-        variant="v2", created="2020-01-01T00:00:00Z", author="a", history=[{"empty_layer": True}], unknown=[1],
+        variant="v2",
+        created="2020-01-01T00:00:00Z",
+        author="a",
+        history=[{"empty_layer": True}],
+        unknown=[1],
         rootfs={"type": "layers", "diff_ids": ["sha256:" + "a" * 64]},
         config={
-            "User": "ann:disk", "Env": ["A=1", "B=x=y"], "Entrypoint": ["/e"], "Cmd": ["c", ""], "WorkingDir": "srv", "Labels": {"l": "v"},
-            "Volumes": {"/data": {}}, "ExposedPorts": {"80/tcp": {}}, "StopSignal": "SIGINT", "ArgsEscaped": True, "OnBuild": None,
+            "User": "ann:disk",
+            "Env": ["A=1", "B=x=y"],
+            "Entrypoint": ["/e"],
+            "Cmd": ["c", ""],
+            "WorkingDir": "srv",
+            "Labels": {"l": "v"},
+            "Volumes": {"/data": {}},
+            "ExposedPorts": {"80/tcp": {}},
+            "StopSignal": "SIGINT",
+            "ArgsEscaped": True,
+            "OnBuild": None,
         },
-    )  # fmt: skip
+    )
     assert found == ImageConfiguration(
-        "amd64", "linux", ("sha256:" + "a" * 64,), "v2", "ann:disk", ("A=1", "B=x=y"), ("/e",), ("c", ""), "/srv", ("/data",),
-        ("80/tcp",), {"l": "v"}, "SIGINT", "2020-01-01T00:00:00Z", "a",
-    )  # fmt: skip
+        "amd64",
+        "linux",
+        ("sha256:" + "a" * 64,),
+        "v2",
+        "ann:disk",
+        ("A=1", "B=x=y"),
+        ("/e",),
+        ("c", ""),
+        "/srv",
+        ("/data",),
+        ("80/tcp",),
+        {"l": "v"},
+        "SIGINT",
+        "2020-01-01T00:00:00Z",
+        "a",
+    )
     assert found.arguments == ("/e", "c", "")
     assert parse(config=None).arguments == ()
     assert parse(config={"Env": None, "Cmd": None, "Labels": None, "Volumes": None}).environment == ()
@@ -72,15 +98,33 @@ def test_a_whole_configuration() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rootfs": None}, {"rootfs": {"type": "other"}}, {"rootfs": {"type": "layers", "diff_ids": ["sha256:abc"]}},
-        {"rootfs": {"type": "layers", "diff_ids": ["sha512:" + "a" * 128]}}, {"rootfs": {"type": "layers", "diff_ids": [1]}},
-        {"rootfs": {"type": "layers", "diff_ids": ["sha256:" + "a" * 64] * 600}}, {"rootfs": []}, {"config": []}, {"config": "x"},
-        {"config": {"Env": ["A"]}}, {"config": {"Env": ["=A"]}}, {"config": {"Env": "A=1"}}, {"config": {"Env": ["A=\0"]}},
-        {"config": {"Cmd": "sh"}}, {"config": {"Cmd": [1]}}, {"config": {"Cmd": ["a\0b"]}}, {"config": {"Cmd": ["x" * 200_000]}},
-        {"config": {"Cmd": ["x"] * 5000}}, {"config": {"User": 0}}, {"config": {"Labels": {"a": 1}}}, {"config": {"Volumes": ["/a"]}},
-        {"config": {"WorkingDir": {}}}, {"config": {"User": "\ud800"}}, {"architecture": 1}, {"os": ["linux"]},
+        {"rootfs": None},
+        {"rootfs": {"type": "other"}},
+        {"rootfs": {"type": "layers", "diff_ids": ["sha256:abc"]}},
+        {"rootfs": {"type": "layers", "diff_ids": ["sha512:" + "a" * 128]}},
+        {"rootfs": {"type": "layers", "diff_ids": [1]}},
+        {"rootfs": {"type": "layers", "diff_ids": ["sha256:" + "a" * 64] * 600}},
+        {"rootfs": []},
+        {"config": []},
+        {"config": "x"},
+        {"config": {"Env": ["A"]}},
+        {"config": {"Env": ["=A"]}},
+        {"config": {"Env": "A=1"}},
+        {"config": {"Env": ["A=\0"]}},
+        {"config": {"Cmd": "sh"}},
+        {"config": {"Cmd": [1]}},
+        {"config": {"Cmd": ["a\0b"]}},
+        {"config": {"Cmd": ["x" * 200_000]}},
+        {"config": {"Cmd": ["x"] * 5000}},
+        {"config": {"User": 0}},
+        {"config": {"Labels": {"a": 1}}},
+        {"config": {"Volumes": ["/a"]}},
+        {"config": {"WorkingDir": {}}},
+        {"config": {"User": "\ud800"}},
+        {"architecture": 1},
+        {"os": ["linux"]},
     ],
-)  # fmt: skip
+)
 def test_impossible_configurations(changes: dict[str, Any]) -> None:
     with pytest.raises(ImageError) as caught:
         parse(**changes)
@@ -114,12 +158,20 @@ def test_platforms() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", User(0, 0, (6,), "/root")), ("root", User(0, 0, (6,), "/root")), ("0", User(0, 0, (6,), "/root")),
-        ("ann", User(1000, 1001, (6, 29), "/home/ann")), ("1000", User(1000, 1001, (6, 29), "/home/ann")),
-        ("ann:disk", User(1000, 6, (), "/home/ann")), ("ann:10", User(1000, 10, (), "/home/ann")), ("ann:4242", User(1000, 4242, (), "/home/ann")),
-        ("4242", User(4242, 0)), ("4242:disk", User(4242, 6)), ("77", User(2000, 2000, (), "/seventy")), ("4294967294", User(4294967294, 0)),
+        ("", User(0, 0, (6,), "/root")),
+        ("root", User(0, 0, (6,), "/root")),
+        ("0", User(0, 0, (6,), "/root")),
+        ("ann", User(1000, 1001, (6, 29), "/home/ann")),
+        ("1000", User(1000, 1001, (6, 29), "/home/ann")),
+        ("ann:disk", User(1000, 6, (), "/home/ann")),
+        ("ann:10", User(1000, 10, (), "/home/ann")),
+        ("ann:4242", User(1000, 4242, (), "/home/ann")),
+        ("4242", User(4242, 0)),
+        ("4242:disk", User(4242, 6)),
+        ("77", User(2000, 2000, (), "/seventy")),
+        ("4294967294", User(4294967294, 0)),
     ],
-)  # fmt: skip
+)
 def test_users(text: str, expected: User) -> None:
     assert user(text) == expected
 
@@ -170,10 +222,18 @@ def test_files_are_read_within_the_root(tmp_path: Path) -> None:
 
 
 def test_the_specification() -> None:
-    config = parse(config={
-        "Env": ["PATH=/own", "A=1"], "Entrypoint": ["/e"], "Cmd": ["c"], "WorkingDir": "/srv/", "Labels": {"l": "v"}, "StopSignal": "SIGINT",
-        "Volumes": {"/data": {}}, "ExposedPorts": {"80/tcp": {}},
-    })  # fmt: skip
+    config = parse(
+        config={
+            "Env": ["PATH=/own", "A=1"],
+            "Entrypoint": ["/e"],
+            "Cmd": ["c"],
+            "WorkingDir": "/srv/",
+            "Labels": {"l": "v"},
+            "StopSignal": "SIGINT",
+            "Volumes": {"/data": {}},
+            "ExposedPorts": {"80/tcp": {}},
+        }
+    )
     made = runtime_specification(
         config, User(1000, 1001, (6, 29), "/home/ann"), environment=["A=2", "B=3"], memory_bytes=1 << 20, pids=5
     )
@@ -197,11 +257,14 @@ def test_the_specification() -> None:
 def test_impossible_bundles() -> None:
     run = parse(config={"Cmd": ["x"]})
     for words, config, options in (
-        ("no command", parse(), {}), ("no command", parse(config={"Cmd": [""]}), {}), ("NAME=value", run, {"environment": ["x"]}),
-        ("absolute", run, {"working_directory": "x"}), ("where none can be", parse(config={"Cmd": ["x"], "Volumes": {"/": {}}}), {}),
+        ("no command", parse(), {}),
+        ("no command", parse(config={"Cmd": [""]}), {}),
+        ("NAME=value", run, {"environment": ["x"]}),
+        ("absolute", run, {"working_directory": "x"}),
+        ("where none can be", parse(config={"Cmd": ["x"], "Volumes": {"/": {}}}), {}),
         ("where none can be", parse(config={"Cmd": ["x"], "Volumes": {"/proc/1": {}}}), {}),
         ("where none can be", parse(config={"Cmd": ["x"], "Volumes": {"/a/../../b": {}}}), {}),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ImageError, match=words):
             runtime_specification(config, User(), **options)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="only root does"):
@@ -238,10 +301,17 @@ def container(place: Path, **config: Any) -> Path:
     """A layout of busybox: static on Debian."""
     assert BUSYBOX is not None
     items = [
-        directory("bin/"), entry("bin/busybox", Path(BUSYBOX).read_bytes(), mode=0o755), symlink("bin/sh", "busybox"), directory("etc/"),
-        entry("etc/passwd", PASSWD), entry("etc/group", GROUP), directory("data/"), entry("data/from-image", b"kept"),
-        directory("tmp/", 0o1777), *(directory(f"{name}/") for name in ("proc", "sys", "dev")),
-    ]  # fmt: skip
+        directory("bin/"),
+        entry("bin/busybox", Path(BUSYBOX).read_bytes(), mode=0o755),
+        symlink("bin/sh", "busybox"),
+        directory("etc/"),
+        entry("etc/passwd", PASSWD),
+        entry("etc/group", GROUP),
+        directory("data/"),
+        entry("data/from-image", b"kept"),
+        directory("tmp/", 0o1777),
+        *(directory(f"{name}/") for name in ("proc", "sys", "dev")),
+    ]
     return write_layout(place / "layout", [tar(*items)], **config)
 
 
@@ -252,7 +322,11 @@ def is_static(path: str | None) -> bool:
 needs_runc = pytest.mark.skipif(
     RUNC is None or not is_static(BUSYBOX), reason="runc or a static busybox is not installed"
 )
-SCRIPT = "id -u; id -G; pwd; echo $A; busybox cat /data/from-image; busybox grep Seccomp: /proc/self/status; busybox mount -t tmpfs x /tmp 2>&1; exit 7"
+SCRIPT = """
+id -u; id -G; pwd; echo $A; busybox cat /data/from-image; busybox grep Seccomp: /proc/self/status
+busybox mount -t tmpfs x /tmp 2>&1
+exit 7
+"""
 
 
 def run_container(
@@ -265,8 +339,15 @@ def run_container(
 @needs_runc
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root starts containers here")
 def test_runc_runs_the_bundle(tmp_path: Path) -> None:
-    layout = container(tmp_path, Entrypoint=["/bin/sh", "-c"], Cmd=[SCRIPT], Env=["PATH=/bin", "A=from the image"], User="ann",
-                       WorkingDir="/tmp", Volumes={"/data": {}})  # fmt: skip
+    layout = container(
+        tmp_path,
+        Entrypoint=["/bin/sh", "-c"],
+        Cmd=[SCRIPT],
+        Env=["PATH=/bin", "A=from the image"],
+        User="ann",
+        WorkingDir="/tmp",
+        Volumes={"/data": {}},
+    )
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     with OciLayout(layout) as source:
