@@ -104,11 +104,14 @@ def write_parquet(rows: Iterable[Row], path: AnyPath) -> None:
 
 
 def to_dataframe(rows: Iterable[Row]) -> Any:
-    """A pandas DataFrame of COLUMNS, with `started` as a time in UTC. Raises MissingExtraError."""
+    """A pandas DataFrame of COLUMNS, with `started` as a time in UTC; names as in Parquet. Raises MissingExtraError."""
     need("parquet", "pandas")
     import pandas as pd  # type: ignore[import-untyped]
 
-    frame = pd.DataFrame(records(rows), columns=list(COLUMNS))
+    texts = [
+        {name: _text(value) if isinstance(value, str) else value for name, value in record.items()} for record in records(rows)
+    ]
+    frame = pd.DataFrame(texts, columns=list(COLUMNS))
     frame["started"] = pd.to_datetime(frame["started"], unit="s", utc=True)
     for name in _NUMBERS:
         frame[name] = frame[name].astype("Int64")
