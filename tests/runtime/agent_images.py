@@ -22,8 +22,10 @@ from csvfast.image.wrappers import LocalKek
 
 KEK = b"a key of thirty-two bytes, wraps"
 SECRET_LINE = "the plaintext that nobody but the guest may read\n"
-APPLETS = ("sh", "cat", "echo", "env", "id", "ls", "ps", "sleep", "hostname", "mount", "true", "false", "kill", "head", "ip", "grep",
-           "dd", "touch", "wc", "readlink")  # fmt: skip
+APPLETS = (
+    "sh", "cat", "echo", "env", "id", "ls", "ps", "sleep", "hostname", "mount", "true", "false", "kill", "head", "ip", "grep", "dd",
+    "touch", "wc", "readlink",
+)  # fmt: skip
 
 
 def _tar(files: Sequence[tuple[tarfile.TarInfo, bytes]]) -> bytes:
@@ -35,7 +37,9 @@ def _tar(files: Sequence[tuple[tarfile.TarInfo, bytes]]) -> bytes:
     return out.getvalue()
 
 
-def _entry(name: str, mode: int, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
+def _entry(
+    name: str, mode: int, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: str = ""
+) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.mode, info.type, info.linkname = mode, kind, target
     return info, data

@@ -18,7 +18,9 @@ from csvfast.runtime.protocol import Connection, Frame
 class AgentProcess:
     """Runs `python -m csvfast.runtime.agent`; its request() asks it."""
 
-    def __init__(self, configuration: AgentConfiguration, work: Path, executor: str = "namespaces", *more: str, runtime: str | None = None) -> None:
+    def __init__(
+        self, configuration: AgentConfiguration, work: Path, executor: str = "namespaces", *more: str, runtime: str | None = None
+    ) -> None:
         work.mkdir(exist_ok=True)
         (work / "agent.json").write_bytes(configuration.encode())
         ours, theirs = socket.socketpair()
