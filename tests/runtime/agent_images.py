@@ -23,8 +23,8 @@ from csvfast.image.wrappers import LocalKek
 KEK = b"a key of thirty-two bytes, wraps"
 SECRET_LINE = "the plaintext that nobody but the guest may read\n"
 APPLETS = (
-    "sh", "cat", "echo", "env", "id", "ls", "ps", "sleep", "hostname", "mount", "true", "false", "kill", "head", "ip", "grep", "dd",
-    "touch", "wc", "readlink",
+    "sh", "cat", "echo", "env", "id", "ls", "ps", "sleep", "hostname", "mount", "true", "false", "kill", "head", "ip", "grep",
+    "dd", "touch", "wc", "readlink",
 )  # fmt: skip
 
 

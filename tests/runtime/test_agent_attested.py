@@ -49,7 +49,9 @@ class Place:
         registries = [{"host": "127.0.0.1:*", "plain_http": True}]
         return AgentConfiguration(**{"policy": policy, "broker": broker, "registries": registries} | more)  # type: ignore[arg-type]
 
-    def sandbox(self, work: Path, configuration: AgentConfiguration, *, known: bool = True, policy: GuestPolicy = POLICY) -> Sandbox:
+    def sandbox(
+        self, work: Path, configuration: AgentConfiguration, *, known: bool = True, policy: GuestPolicy = POLICY
+    ) -> Sandbox:
         work.mkdir()
         executor = NativeExecutor()
         digest = executor.predict(LaunchPlan(configuration=configuration.encode(), work=work)).digest
