@@ -21,12 +21,14 @@ from csvfast.processor.vmm_csv3 import SMCR_BYTES, SMR_ENTRY_BYTES, private_byte
 if TYPE_CHECKING:
     from csvfast.processor.vmm import GuestPlan
 
-__all__ = ["RESERVATION", "SECURE_CALLS", "check_policy", "check_reservation", "dram_bytes", "with_secure_calls"]
+__all__ = ["PARAMETERS", "RESERVATION", "SECURE_CALLS", "check_policy", "check_reservation", "dram_bytes", "with_secure_calls"]
 
 # Between what a direct boot loads (from 1 MiB on) and where the kernel runs (16 MiB), with room on both sides: pages beside them
 # that were read ahead are nobody's.
 SECURE_CALLS: Final = 0xF80000
 RESERVATION: Final = "memmap=1M$0xf00000"
+# With it the guest finds them although firmware has used the page before (csvfast.machine.guest.secure_call).
+PARAMETERS: Final = f"{RESERVATION} csvfast.secure_calls={SECURE_CALLS + PAGE:#x}"
 
 _MEMMAP: Final = re.compile(r"(?:^|[\s,=])(0x[0-9a-fA-F]+|\d+)([KMG]?)\$(0x[0-9a-fA-F]+|\d+)([KMG]?)(?=$|[\s,])")
 _UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30}
@@ -61,7 +63,7 @@ def check_policy(plan: GuestPlan) -> None:
 
 
 def with_secure_calls(plan: GuestPlan) -> GuestPlan:
-    """The plan of a CSV3 guest, with SECURE_CALLS and RESERVATION when its firmware names no pages. Raises SourceError."""
+    """The plan of a CSV3 guest, with SECURE_CALLS and PARAMETERS when its firmware names no pages. Raises SourceError."""
     if not plan.policy.csv3 or plan.secure_calls is not None:
         return plan
     with Source(plan.firmware) as source:
@@ -70,7 +72,7 @@ def with_secure_calls(plan: GuestPlan) -> GuestPlan:
             source.read_at(view, (source.size or 0) - len(tail))
     if boot_pages(bytes(tail)) is not None:
         return plan
-    return replace(plan, secure_calls=SECURE_CALLS, append=f"{plan.append or ''} {RESERVATION}".strip())
+    return replace(plan, secure_calls=SECURE_CALLS, append=f"{plan.append or ''} {PARAMETERS}".strip())
 
 
 def dram_bytes(plan: GuestPlan, firmware_size: int) -> int:

@@ -25,20 +25,21 @@ from csvfast.errors import (
     FirmwareError,
     FirmwareStatus,
     FormatError,
+    StateError,
     VerificationError,
 )
-from csvfast.machine.guest import ChannelOperation, ProcessorChannel, SecureCallPages
+from csvfast.machine.guest import ChannelOperation, ProcessorChannel, SecureCallPages, secure_call
 from csvfast.machine.guest.secure_call import _check_block
 from csvfast.machine.initrd import build_initrd
 from csvfast.machine.vm import CsvVm
-from csvfast.machine.vm_csv3 import RESERVATION, SECURE_CALLS, check_policy, dram_bytes, with_secure_calls
+from csvfast.machine.vm_csv3 import PARAMETERS, RESERVATION, SECURE_CALLS, check_policy, dram_bytes, with_secure_calls
 from csvfast.machine.vm_qemu import ram_ranges
 from csvfast.measure import launch_digest
 from csvfast.measure.launch import secure_call_page
 from csvfast.processor.commands import Command
 from csvfast.processor.csv3 import Csv3Guest
 from csvfast.processor.sealing import sealing_key
-from csvfast.processor.secure_call import boot_pages
+from csvfast.processor.secure_call import PAGE_GUID, boot_pages
 from csvfast.processor.vmm import GuestPlan, Host, LaunchedGuest
 from csvfast.processor.vmm_csv3 import set_secure_memory
 from csvfast.report import Evidence, GuestPolicy, Report
@@ -250,7 +251,7 @@ def test_command_line(tmp_path: Path) -> None:
 
     files = ["--kernel", str(kernel), "--initrd", str(initrd)]
     predicted = csvfast(
-        "measure", "launch", "--firmware", str(vm_platform.firmware()), *files, "--append", f"{append} {RESERVATION}",
+        "measure", "launch", "--firmware", str(vm_platform.firmware()), *files, "--append", f"{append} {PARAMETERS}",
         "--force-hash-table", "--csv3", "--secure-calls", hex(SECURE_CALLS),
     ).stdout.strip()  # fmt: skip
     run = ["vm", "run", *files, "--memory", "128MiB", "--accel", "tcg", "--policy", "0x45", "--append", append]
@@ -374,7 +375,7 @@ def test_refused_plans(kernel: Path, tmp_path: Path) -> None:
         assert place.machine.guests() == []
     for append in ("memmap=12K$0xf80000", "quiet memmap=1M$15M x", "memmap=64K#1G,1M$0xf00000", "memmap=1048576$15728640"):
         check_policy(replace(guest, append=append))
-    assert with_secure_calls(replace(guest, secure_calls=None, append="quiet")).append == f"quiet {RESERVATION}"
+    assert with_secure_calls(replace(guest, secure_calls=None, append="quiet")).append == f"quiet {PARAMETERS}"
     assert with_secure_calls(replace(guest, policy=GuestPolicy(5), secure_calls=None)).secure_calls is None
 
 
@@ -436,6 +437,41 @@ def test_refused_calls(answer: int, problem: type[Exception]) -> None:
     pair, memory = pages()
     with pytest.raises(problem):
         pair.call(cast(ProcessorChannel, Firmware(memory, answer, 1)), 8, bytes(32))
+
+
+@pytest.mark.parametrize(
+    ("words", "ranges", "place"),
+    [
+        ("quiet", "00f00000-00ffffff : Reserved", 0xF81000),
+        ("quiet", "00f00000-00f81fff : Reserved", None),  # the second page is the kernel's
+        ("quiet", "00f00000-00ffffff : System RAM", None),
+        ("quiet", "80f00000-bfffffff : Reserved\n  00f81000-00f82fff : reserved", 0xF81000),
+        ("quiet csvfast.secure_calls=0xf90000", "00f00000-00ffffff : Reserved", 0xF90000),
+        ("csvfast.secure_calls=0xF90000 quiet", "00f00000-00ffffff : Reserved", 0xF90000),
+        ("csvfast.secure_calls=0xfff000", "00f00000-00ffffff : Reserved", None),
+        ("csvfast.secure_calls=0xf90010", "00f00000-00ffffff : Reserved", None),
+        ("csvfast.secure_calls=0xf81000", "", None),
+    ],
+)
+def test_the_pages_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, ranges: str, place: int | None
+) -> None:
+    for name, text in (("COMMAND_LINE", f"{words}\n"), ("RANGES", f"00000000-00000fff : Reserved\n{ranges}\n")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(secure_call, name, str(tmp_path / name))
+    monkeypatch.setattr(secure_call, "MEMORY", str(tmp_path / "memory"))
+    with (tmp_path / "memory").open("wb") as file:
+        file.truncate(16 * MIB)
+        file.seek(SECURE_CALLS)
+        file.write(secure_call_page(SECURE_CALLS + PAGE) + PAGE_GUID)
+    if place is None:
+        with pytest.raises(StateError, match=r"secure call pages"):
+            SecureCallPages.find()
+        return
+    found = SecureCallPages.find()
+    assert found.address == place
+    found.close()
+    found.close()
 
 
 def test_report_blocks() -> None:

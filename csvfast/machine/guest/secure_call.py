@@ -4,7 +4,8 @@ On the hardware the read of the hidden page faults, and the host answers the fau
 the guest (docs/virtual-machines.md): it writes a request, tells the host over the channel which page it would have read, and
 reads the answer where the request stood. Which of the two is hidden changes with every call; the wrong one is just not answered.
 
-The pages are found as the kernel finds them: by their GUID, in memory that the kernel was told to keep off.
+The pages are where the kernel's command line, which is measured, says (csvfast.secure_calls=ADDRESS), or are found as CSV3's
+kernels find them: by their GUID, which a firmware that used the page has overwritten. Either way in memory that the kernel keeps off.
 
 Sources: anolis-cloud-kernel arch/x86/kernel/csv.c, csv-shared.c, drivers/virt/coco/csv-guest/csv-guest.c;
 csvfast.processor.secure_call has the layout. Thread-safety: one request at a time.
@@ -28,6 +29,8 @@ from csvfast.report.request import EXTENDED_BYTES, LEGACY_BYTES, ReportRequest
 __all__ = ["SecureCallPages", "SecureCallTransport"]
 
 MEMORY: Final = "/dev/mem"
+RANGES: Final = "/proc/iomem"
+COMMAND_LINE: Final = "/proc/cmdline"
 REQ_REPORT: Final = 7
 RTMR: Final = 8
 ACK: Final = 0x6B
@@ -40,6 +43,7 @@ _ENTRY: Final = Struct("<QQ")
 _BLOCK: Final = Struct("<IIQ16sIIQII")
 _UNANSWERED: Final = 0xFFFFFFFF
 _RESERVED: Final = re.compile(r"^\s*([0-9a-f]+)-([0-9a-f]+) : Reserved$", re.MULTILINE | re.IGNORECASE)
+_TOLD: Final = re.compile(r"(?:^|\s)csvfast\.secure_calls=(0x[0-9a-fA-F]{1,12})(?=\s|$)")
 _RANGE_MAX: Final = 4 << 20  # a machine's own reserved ranges (configuration space) are larger, and not memory
 _MOVES: Final = 4
 _REFUSALS: Final = {
@@ -67,23 +71,24 @@ class SecureCallPages:
     def find(cls) -> Self:
         """In the reserved ranges of /proc/iomem, through /dev/mem.
 
-        Raises: StateError: no such pages; OSError: no such device, or not for this user.
+        Raises: StateError: no such pages, or the kernel uses them; OSError: no such device, or not for this user.
         """
+        ranges = []
+        for low, high in _RESERVED.findall(Path(RANGES).read_text(encoding="ascii")):
+            start, stop = int(low, 16), int(high, 16) + 1
+            if start >= 1 << 20 and start % PAGE == stop % PAGE == 0 and 2 * PAGE <= stop - start <= _RANGE_MAX:
+                ranges.append((start, stop))
+        told = _TOLD.search(Path(COMMAND_LINE).read_text(encoding="utf-8", errors="replace"))
         descriptor = os.open(MEMORY, os.O_RDWR | os.O_CLOEXEC)
         try:
-            text = Path("/proc/iomem").read_text(encoding="ascii")
-            for low, high in _RESERVED.findall(text):
-                start, size = int(low, 16), int(high, 16) + 1 - int(low, 16)
-                if start < 1 << 20 or start % PAGE or size % PAGE or not 2 * PAGE <= size <= _RANGE_MAX:
-                    continue
-                with mmap.mmap(descriptor, size, offset=start) as found:
-                    # The page that names the pair may hold the words, too, but not at its start.
-                    place = next((at for at in range(size - 2 * PAGE, -1, -PAGE) if found[at : at + 16] == _GUID), None)
-                if place is not None:
-                    return cls(mmap.mmap(descriptor, PAGE, offset=start + place), start + place)
+            place = _by_guid(descriptor, ranges) if told is None else int(told[1], 16)
+            if place is None:
+                raise StateError("no secure call pages in reserved memory; expected csvfast.secure_calls= on the command line")
+            if place % PAGE or not any(start <= place and place + 2 * PAGE <= stop for start, stop in ranges):
+                raise StateError(f"the kernel uses the secure call pages at {place:#x}; expected memmap= on its command line")
+            return cls(mmap.mmap(descriptor, PAGE, offset=place), place)
         finally:
             os.close(descriptor)
-        raise StateError("no secure call pages in reserved memory; expected memmap=1M$0xf00000 on the kernel's command line")
 
     def call(self, channel: ProcessorChannel, request: int, body: bytes, entries: int = 1) -> bytes:
         """One call. Out: as many bytes as `body` has, as the firmware leaves them.
@@ -153,6 +158,15 @@ class SecureCallTransport:
     def _flush(self, places: tuple[int, ...]) -> None:
         for place in places:
             self.channel.call(ChannelOperation.FLUSH, place, PAGE)
+
+
+def _by_guid(descriptor: int, ranges: list[tuple[int, int]]) -> int | None:
+    for start, stop in ranges:
+        with mmap.mmap(descriptor, stop - start, prot=mmap.PROT_READ, offset=start) as found:
+            for at in range(stop - start - 2 * PAGE, -1, -PAGE):
+                if found[at : at + len(_GUID)] == _GUID:
+                    return start + at
+    return None
 
 
 def _check_block(block: bytes) -> None:
