@@ -5,7 +5,8 @@ the guest (docs/virtual-machines.md): it writes a request, tells the host over t
 reads the answer where the request stood. Which of the two is hidden changes with every call; the wrong one is just not answered.
 
 The pages are where the kernel's command line, which is measured, says (csvfast.secure_calls=ADDRESS), or are found as CSV3's
-kernels find them: by their GUID, which a firmware that used the page has overwritten. Either way in memory that the kernel keeps off.
+kernels find them: by their GUID, which a firmware that used the page has overwritten. Either way in memory that the kernel keeps
+off.
 
 Sources: anolis-cloud-kernel arch/x86/kernel/csv.c, csv-shared.c, drivers/virt/coco/csv-guest/csv-guest.c;
 csvfast.processor.secure_call has the layout. Thread-safety: one request at a time.
