@@ -6,12 +6,12 @@ where a command first needs them.
 Exit codes
     0   done, and every check passed
     1   a check failed: a digest other than --expect, a hash area that does not verify, evidence or certificates that are not
-        genuine or not allowed, a command the firmware refuses, a broker that denies
+        genuine or not allowed, a command the firmware refuses, a broker or a registry that denies
     2   usage: an unknown option, bad hex, a value outside its documented set, content that is not what is expected there, a name
         the broker does not know or knows already;
         for cert and report also an input file that is missing or cannot be read
     3   environment: an unreadable, vanished or changed file, a missing extra, no such kernel on this CPU, no memory, a state
-        directory in use, no server behind a socket
+        directory in use, no server behind a socket, a registry that cannot be reached
     130 interrupted (Ctrl-C)
 
 Thread-safety: everything here belongs to the main thread.
@@ -78,6 +78,10 @@ def exit_code_of(error: BaseException) -> ExitCode:
         return ExitCode.CHECK_FAILED
     if isinstance(error, errors.AttestedTlsError):
         return ExitCode.CHECK_FAILED if error.stage in ("certificate", "binding", "verify", "appraise") else ExitCode.ENVIRONMENT
+    if isinstance(error, errors.RegistryError):
+        if error.status in (401, 403):
+            return ExitCode.CHECK_FAILED
+        return ExitCode.ENVIRONMENT if error.status in (0, 408, 429) or error.status >= 500 else ExitCode.USAGE
     if isinstance(error, (errors.UnknownError, errors.ConflictError)):
         return ExitCode.USAGE
     if isinstance(error, (OSError, ImportError, MemoryError, EOFError)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from csvfast.cli import image_encryption as _encryption
+from csvfast.cli import image_registry as _registry
 
 __all__ = ["app"]
 
@@ -16,4 +17,5 @@ def _image() -> None:
     """Container images, encrypted and clear."""
 
 
+_registry.register(app)
 _encryption.register(app)

@@ -162,7 +162,7 @@ def read_blob(source: BlobSource, descriptor: Descriptor, limit: int) -> bytes:
 
 
 def resolve_manifest(
-    source: BlobSource, wanted: str | None, *, os: str = "linux", architecture: str | None = None, variant: str | None = None
+    source: BlobSource, wanted: str | None, os: str = "linux", architecture: str | None = None, variant: str | None = None
 ) -> tuple[Descriptor, Manifest]:
     """One image's manifest, chosen from an index by platform where there is one; what was chosen is verified, too.
 

@@ -21,7 +21,7 @@ from csvfast.image.transform import ALL_PLATFORMS, Progress, copy_blob
 if TYPE_CHECKING:
     from csvfast.image.blobs import BlobSource, BlobTarget
 
-__all__ = ["ALL_PLATFORMS", "copy_image"]
+__all__ = ["ALL_PLATFORMS", "copy_image", "platform_parts"]
 
 
 def copy_image(
@@ -51,7 +51,7 @@ def copy_image(
             if made != index.manifests:
                 data = index.replace(manifests=made).encode()
             return target.put_manifest(data, top.media_type, tag)
-        chosen = choose(index, *_platform(platform))
+        chosen = choose(index, *platform_parts(platform))
         top, data = chosen, read_blob(source, chosen, MANIFEST_LIMIT)
     return _manifest(source, target, data, top.media_type, transform, progress, tag)
 
@@ -96,7 +96,8 @@ def _mounted(source: BlobSource, target: BlobTarget, blob: Descriptor) -> bool:
         return False
 
 
-def _platform(text: str | None) -> list[str]:
+def platform_parts(text: str | None) -> list[str]:
+    """"linux/arm64/v8" as choose() takes it; None: nothing, which is this machine's. ImageError: no platform."""
     parts = [] if text is None else text.split("/")
     if text is not None and (len(parts) not in (2, 3) or not all(parts)):
         raise ImageError("platform", f"{ascii(text)[:60]}; expected OS/ARCHITECTURE[/VARIANT] or {ALL_PLATFORMS}")

@@ -93,8 +93,8 @@ class EmbeddedRegistry:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listener = socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
         config = uvicorn.Config(
-            self._application, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
-            limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=_STOP_SECONDS,
+            self._application, lifespan="off", ws="none", log_config=None, log_level="error", access_log=False,
+            server_header=False, limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=_STOP_SECONDS,
         )  # fmt: skip
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), name="csvfast-registry", daemon=True)
