@@ -15,7 +15,10 @@ The names most people need stand here; :mod:`csvfast.crypto` holds SM2, SM3 and 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from csvfast import errors
+from csvfast._lazy import lazy
 
 try:
     from csvfast._core import (
@@ -41,7 +44,11 @@ from csvfast._runtime import force_kernel, get_include, get_library, info
 from csvfast._runtime import version as _version
 from csvfast.crypto import SM4CTR, SM4GCM, SM4XTS, sm3_file
 from csvfast.errors import CsvfastError
-from csvfast.memory import EncryptedMemory
+
+if TYPE_CHECKING:
+    from csvfast.memory import EncryptedMemory
+else:
+    __getattr__ = lazy(__name__, {"EncryptedMemory": "memory", "memory": ""})
 
 __version__ = _version()
 

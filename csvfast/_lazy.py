@@ -11,12 +11,15 @@ __all__ = ["lazy"]
 
 
 def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's __getattr__. In: package   its name. names: each name, and the module below the package that has it"""
+    """A module's __getattr__. In: package   its name. names: each name, and the module below the package that has it; "" = the
+    name is that module's own"""
 
     def __getattr__(name: str) -> Any:  # noqa: N807 it becomes one
         module = names.get(name)
         if module is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if not module:
+            return import_module(f"{package}.{name}")
         value = getattr(import_module(f"{package}.{module}"), name)
         setattr(sys.modules[package], name, value)
         return value

@@ -46,9 +46,11 @@ exec python3 -I -m csvfast.runtime.agent --link /dev/virtio-ports/{PORT_NAME} --
 
 # What the agent speaks HTTPS with, which other guests do without.
 _STANDARD: Final = (STANDARD_LEAVES_OUT - {"_hashlib", "_ssl", "ssl"}) | {
-    "asyncio", "cProfile", "cgi", "cgitb", "ftplib", "imaplib", "mailbox", "multiprocessing", "nntplib", "optparse", "pdb",
-    "pickletools", "poplib", "profile", "pstats", "smtplib", "sqlite3", "symtable", "tarfile", "telnetlib", "timeit", "trace",
-    "tracemalloc", "uu", "venv", "webbrowser", "xdrlib", "xml", "zipapp", "zipfile",
+    "_codecs_cn", "_codecs_hk", "_codecs_iso2022", "_codecs_jp", "_codecs_kr", "_codecs_tw", "_decimal", "_multibytecodec",
+    "_pydecimal", "_pyio", "asyncio", "audioop", "cProfile", "cgi", "cgitb", "ftplib", "imaplib", "mailbox",
+    "multiprocessing", "nntplib", "optparse", "pdb", "pickletools", "poplib", "profile", "pstats", "pyexpat", "smtplib",
+    "sqlite3", "symtable", "tarfile", "telnetlib", "timeit", "trace", "tracemalloc", "uu", "venv", "webbrowser", "xdrlib",
+    "xml", "zipapp", "zipfile",
 }  # fmt: skip
 # Of csvfast.broker, what its guests use.
 _BROKER: Final = frozenset({
@@ -57,8 +59,8 @@ _BROKER: Final = frozenset({
     "keyprovider.messages", "model", "verdictd", "verdictd.__init__", "verdictd.protocol",
 })  # fmt: skip
 _LEAVES_OUT: Final = (GUEST_LEAVES_OUT - {"csvfast.broker", "csvfast.ratstls"}) | {
-    "csvfast.fleet", "csvfast.image.server", "csvfast.machine.trace", "csvfast.measure.batch", "csvfast.ratstls.asynchronous",
-    "csvfast.ratstls.stream",
+    "csvfast.fleet", "csvfast.image.server", "csvfast.machine.trace", "csvfast.measure.batch", "csvfast.measure.fleet",
+    "csvfast.ratstls.asynchronous", "csvfast.ratstls.stream", "zstandard._cffi", "zstandard.backend_cffi",
 }  # fmt: skip
 
 
