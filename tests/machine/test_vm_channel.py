@@ -78,6 +78,23 @@ def test_answers(guest: socket.socket, sent: bytes, answer: tuple[int, ...]) -> 
     assert receive(guest) == answer
 
 
+def test_what_csv3_guests_have_besides() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        channel = GuestChannel(ours, attest, lambda: (0x45, 3), attest, attest)
+        for operation in (1, 2, 4):
+            for gpa, length, status in (
+                (0x5000, PAGE, 0),
+                (0x6000, PAGE, int(FirmwareStatus.INVALID_ADDRESS)),
+                (0x5010, PAGE, BAD_REQUEST),
+                (0x5000, 2 * PAGE, BAD_REQUEST),
+            ):
+                answer = FRAME.unpack(channel.answer(request(operation, gpa, length)))
+                assert answer == (b"CSVG", 1, operation, 7, status, gpa, 0)
+        assert FRAME.unpack(channel.answer(request(3)))[5:] == (0x45, 3)
+        channel.stop()
+
+
 def test_in_pieces_and_together(guest: socket.socket) -> None:
     for byte in request(3, tag=1):
         guest.sendall(bytes([byte]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,12 +31,20 @@ from csvfast.errors import (
     StateError,
     VerificationError,
 )
-from csvfast.machine.guest import ChannelOperation, ProcessorChannel, SecureCallPages, secure_call
+from csvfast.machine.guest import (
+    ChannelOperation,
+    ProcessorChannel,
+    RequestPage,
+    SecureCallPages,
+    SecureCallTransport,
+    secure_call,
+)
 from csvfast.machine.guest.secure_call import _check_block
 from csvfast.machine.initrd import build_initrd
 from csvfast.machine.vm import CsvVm
 from csvfast.machine.vm_csv3 import PARAMETERS, RESERVATION, SECURE_CALLS, check_policy, dram_bytes, with_secure_calls
 from csvfast.machine.vm_qemu import ram_ranges
+from csvfast.machine.vm_requests import GuestRequests
 from csvfast.measure import launch_digest
 from csvfast.measure.launch import secure_call_page
 from csvfast.processor.commands import Command
@@ -42,7 +53,7 @@ from csvfast.processor.sealing import sealing_key
 from csvfast.processor.secure_call import PAGE_GUID, boot_pages
 from csvfast.processor.vmm import GuestPlan, Host, LaunchedGuest
 from csvfast.processor.vmm_csv3 import set_secure_memory
-from csvfast.report import Evidence, GuestPolicy, Report
+from csvfast.report import Evidence, GuestPolicy, Report, ReportRequest
 
 PAGE = 4096
 MIB = 1 << 20
@@ -476,7 +487,123 @@ def test_the_pages_are_found(
 
 def test_report_blocks() -> None:
     _check_block(bytes(56))
+    _check_block(bytes(52) + b"\xff" * 4)  # not answered: asked again
     with pytest.raises(FirmwareError, match="SECURE_DATA_INVALID"):
         _check_block(bytes(52) + int(FirmwareStatus.SECURE_DATA_INVALID).to_bytes(4, "little"))
     with pytest.raises(FormatError, match="a status of the firmware"):
-        _check_block(bytes(52) + b"\xff" * 4)
+        _check_block(bytes(52) + b"\xfe" * 4)
+
+
+class Reports:
+    """A channel and a pair: the firmware answers by `answers`, one after the other, in the page that it is shown."""
+
+    address = 0x5000
+
+    def __init__(self, page: RequestPage, answers: list[bytes | int | None]) -> None:
+        self.page, self.answers = page, answers
+        self.flushed: list[int] = []
+
+    def call(self, *arguments: Any) -> Any:
+        if arguments[0] is ChannelOperation.FLUSH:
+            self.flushed.append(arguments[1])
+            return 0
+        _, request, entry = arguments
+        place, size = struct.unpack("<QQ", entry)
+        assert (request, size) == (7, 56)
+        answer = self.answers.pop(0)
+        if isinstance(answer, bytes):
+            self.page.memory[: len(answer)] = answer
+        if answer is not None:
+            error = answer if isinstance(answer, int) else 0
+            ctypes.memmove(place + 52, error.to_bytes(4, "little"), 4)
+        return entry
+
+
+@pytest.mark.parametrize(
+    ("answers", "problem", "moves"),
+    [
+        ([b"answer"], None, 0),
+        ([None, None, b"answer"], None, 0),  # what the firmware wrote was overwritten by an old copy
+        ([int(FirmwareStatus.SECURE_DATA_INVALID)], FirmwareError, 0),
+        ([int(FirmwareStatus.SECURE_DATA_INVALID), b"answer"], None, 1),  # it was shown another page
+        ([None] * 4, StateError, 0),
+        ([1] * 4, StateError, 4),
+    ],
+)
+def test_reports_are_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, answers: list[bytes | int | None], problem: type[Exception] | None, moves: int
+) -> None:
+    with RequestPage() as page:
+        page.write(ReportRequest.build(b"data", extended=True))
+        firmware = Reports(page, answers)
+        looks = 0
+
+        def address(self: RequestPage) -> int:
+            nonlocal looks
+            looks += self is page
+            # Looked at twice a turn: moved between the two.
+            return self.virtual_address + (PAGE if self is page and looks % 2 == 0 and looks <= 2 * moves else 0)
+
+        monkeypatch.setattr(RequestPage, "address", property(address))
+        transport = SecureCallTransport(cast(ProcessorChannel, firmware), cast(SecureCallPages, firmware))
+        if problem is None:
+            transport.attestation(page)
+            assert page.memory[:6] == b"answer"
+            assert not answers
+        else:
+            with pytest.raises(problem):
+                transport.attestation(page)
+        assert firmware.flushed.count(page.virtual_address) >= 2
+
+
+# ---- The host's end
+
+
+class Control:
+    """Of a memory: what is evicted, and whether it fails."""
+
+    def __init__(self) -> None:
+        self.log: list[object] = []
+        self.problem = False
+
+    def evict(self, offset: int, length: int) -> None:
+        self.log.append((offset, length))
+        if self.problem:
+            raise StateError("the memory is gone")
+
+
+def test_what_the_host_does(kernel: Path) -> None:
+    size = 3 << 30
+    guest = csv3_plan(None, kernel=kernel, memory_size=size)
+    with vm_platform.platform(dram_bytes(guest, FIRMWARE_BYTES)) as place, Host(place.machine) as host:
+        host.initialise()
+        launched = host.launch(guest)
+        host.finish(launched.handle)
+        control = Control()
+        requests = GuestRequests(host, threading.Lock(), cast(Any, control), guest, launched)
+        assert requests.info() == (0x45, 3)
+        pair = launched.secure_calls or 0
+        table = record_of(place, launched).table.entries
+        requests.secure_call(pair + PAGE)
+        assert control.log == [(pair, PAGE), (pair, PAGE)], "out of the window before, and what was read ahead after"
+        assert (table[pair // PAGE].present, table[pair // PAGE + 1].present) == (False, True)
+        requests.secure_call(pair + PAGE)
+        assert table[pair // PAGE + 1].present, "it was not hidden"
+        requests.secure_call(pair)
+        assert table[pair // PAGE].present
+        for gpa in (0, pair - PAGE, pair + 2 * PAGE, 1 << 40):
+            with pytest.raises(FirmwareError, match="INVALID_ADDRESS"):
+                requests.secure_call(gpa)
+        control.log.clear()
+        for gpa, offset in ((0, 0), ((2 << 30) - PAGE, (2 << 30) - PAGE), (4 << 30, 2 << 30), ((5 << 30) - PAGE, size - PAGE)):
+            requests.flush(gpa)
+            assert control.log.pop() == (offset, PAGE)
+        for gpa in (2 << 30, (4 << 30) - PAGE, 5 << 30, 1 << 47):
+            with pytest.raises(FirmwareError, match="INVALID_ADDRESS"):
+                requests.flush(gpa)
+        with pytest.raises(FirmwareError, match="UNSUPPORTED"):
+            requests.attest(0x10000)
+        assert control.log == []
+        control.problem = True
+        with pytest.raises(FirmwareError, match="HWERROR_PLATFORM"):
+            requests.secure_call(pair)

@@ -128,7 +128,7 @@ class SecureCallTransport:
         self.pages = pages
 
     def attestation(self, page: RequestPage) -> None:
-        """See Transport. StateError: the kernel moved the pages each time."""
+        """See Transport. StateError: not answered, or only in a page that the kernel had moved, each time."""
         request = page.memory[:]
         extended = ReportRequest.parse(request).extended
         length = EXTENDED_BYTES if extended else LEGACY_BYTES
@@ -139,11 +139,11 @@ class SecureCallTransport:
                 self._flush(places)
                 self.pages.call(self.channel, REQ_REPORT, _ENTRY.pack(places[1], _BLOCK.size))
                 self._flush(places)
-                if (page.address, block.address) != places and page.memory[:] == request:
-                    continue  # the firmware was shown another page
-                _check_block(block.memory[: _BLOCK.size])
-                return
-        raise StateError("the kernel moves the request page; expected vm.compact_unevictable_allowed = 0")
+                if page.memory[:] != request:
+                    return
+                if (page.address, block.address) == places:  # else the firmware was shown another page
+                    _check_block(block.memory[: _BLOCK.size])
+        raise StateError("no answer in the request page; expected vm.compact_unevictable_allowed = 0")
 
     def rtmr(self, page: RequestPage, subcommand: int, length: int) -> None:
         """See Transport. The sub-command stands in the page."""
@@ -171,8 +171,9 @@ def _by_guid(descriptor: int, ranges: list[tuple[int, int]]) -> int | None:
 
 
 def _check_block(block: bytes) -> None:
+    """Raises FirmwareError when the firmware has refused; FormatError."""
     error = _BLOCK.unpack(block)[-1]
-    if error == 0:
+    if error in (0, _UNANSWERED):
         return
     try:
         status = FirmwareStatus(error)
