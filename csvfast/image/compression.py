@@ -129,21 +129,21 @@ def _gunzip(reader: Readable, limits: Limits) -> Iterator[bytes]:
     count_in = count_out = 0
     member = zlib.decompressobj(31)  # 31: gzip's header and check sum, window of 32 KiB
     begun = False  # whether any byte of the current member was seen
-    pending = b""
+    pending: bytes | memoryview = b""
+    read = _into_one_buffer(reader)
     while True:
         if not pending:
-            pending = reader.read(READ)
+            pending = read()
             count_in += len(pending)
             if not pending:
                 if begun:
                     raise ImageError("gzip", "the data ends within a member")
                 return
         if member.eof:
-            if not pending.strip(b"\0"):
+            if not bytes(pending).strip(b"\0"):
                 # Some writers fill up with zeros; nothing but zeros may follow.
-                pending = b""
-                while rest := reader.read(READ):
-                    if rest.strip(b"\0"):
+                while rest := read():
+                    if bytes(rest).strip(b"\0"):
                         raise ImageError("gzip", "something follows the zeros behind a member")
                 return
             member, begun = zlib.decompressobj(31), False
@@ -159,6 +159,15 @@ def _gunzip(reader: Readable, limits: Limits) -> Iterator[bytes]:
         _check_ratio("gzip", count_in - len(pending), count_out, limits)
         if chunk:
             yield chunk
+
+
+def _into_one_buffer(reader: Readable) -> Callable[[], bytes | memoryview]:
+    """Reads READ bytes at a time, without copies where the reader can fill a buffer. Each answer is valid until the next one."""
+    readinto = getattr(reader, "readinto", None)
+    if readinto is None:
+        return lambda: reader.read(READ)
+    view = memoryview(bytearray(READ))
+    return lambda: view[: readinto(view)]
 
 
 class _Counted:
