@@ -259,6 +259,48 @@ static void many_of_random_lengths(void)
         }
 }
 
+/* Streams that are continued in any company, with pieces of any length, some of them empty; each piece ends at an unreadable page. */
+static void update_many_of_random_lengths(void)
+{
+    enum { STREAMS = 70 };
+    static csvf_sm3 streams[STREAMS];
+    static size_t done[STREAMS];
+    uint64_t seed = 11;
+    test_guarded g = test_guard(4096);
+    test_fill(g.first, 4096, 9);
+    FOR_EACH_KERNEL(CSVF_PRIMITIVE_SM3_MANY, name)
+        for (int run = 0; run < 12; run++) {
+            test_case("%s, run %d", name, run);
+            for (size_t i = 0; i < STREAMS; i++) {
+                csvf_sm3_init(&streams[i]);
+                done[i] = 0;
+            }
+            for (int round = 0; round < 8; round++) {
+                csvf_sm3 *chosen[STREAMS];
+                const uint8_t *data[STREAMS];
+                size_t lengths[STREAMS], count = 0;
+                const uint64_t density = test_random(&seed) % 9;
+                for (size_t i = 0; i < STREAMS; i++) {
+                    if (test_random(&seed) % 8 >= density)
+                        continue;
+                    const size_t most = (size_t[]){1, 64, 130, 1000}[test_random(&seed) % 4];
+                    lengths[count] = test_random(&seed) % (most + 1);
+                    data[count] = lengths[count] ? g.end - lengths[count] : NULL;
+                    memcpy(messages[i] + done[i], g.end - lengths[count], lengths[count]);
+                    done[i] += lengths[count];
+                    chosen[count++] = &streams[i];
+                }
+                csvf_sm3_update_many(chosen, data, lengths, count);
+            }
+            for (size_t i = 0; i < STREAMS; i++) {
+                plain_sm3(wanted[i], messages[i], done[i]);
+                csvf_sm3_final(&streams[i], digests[i]);
+            }
+            CHECK_BYTES(digests, wanted, 32 * STREAMS);
+        }
+    test_unguard(g);
+}
+
 /* Each message ends where an unreadable page begins: no lane may look past its own. */
 static void many_at_guard_pages(void)
 {
@@ -431,6 +473,7 @@ int main(void)
     RUN(streams_are_plain_memory);
     RUN(many_of_every_count);
     RUN(many_of_random_lengths);
+    RUN(update_many_of_random_lengths);
     RUN(many_at_guard_pages);
     RUN(blocks_with_prefixes);
     RUN(blocks_refuse);

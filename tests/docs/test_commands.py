@@ -114,6 +114,20 @@ def prepare_boot_files(folder: Path) -> None:
     (folder / "cache" / "csvfast" / "boot").symlink_to(boot_files())
 
 
+def prepare_fleet(folder: Path) -> None:
+    """A directory of images, a manifest, a key."""
+    from csvfast.crypto import SM2PrivateKey, dump_private_key, dump_public_key
+
+    (folder / "images").mkdir()
+    for name in ("a.img", "b.img"):
+        shutil.copy(folder / name, folder / "images" / name)
+    manifest = '# nightly\na.img\n{"source": "b.img", "name": "payroll disk", "mode": "tree"}\n'
+    (folder / "images.txt").write_text(manifest, encoding="utf-8")
+    key = SM2PrivateKey.generate()
+    (folder / "key.pem").write_bytes(bytes(dump_private_key(key)))
+    (folder / "key.pub").write_bytes(bytes(dump_public_key(key.public_key)))
+
+
 def prepare_machine(folder: Path) -> None:
     """A kernel that boots."""
     prepare_boot_files(folder)
@@ -132,6 +146,7 @@ def prepare_image(folder: Path) -> None:
 PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("README.md", 18, evidence),
     ("docs/measure.md", 10, None),
+    ("docs/fleets.md", 10, prepare_fleet),
     ("docs/command-line.md", 10, None),
     ("docs/certificates.md", 7, prepare_certificates),
     ("docs/reports.md", 5, evidence),

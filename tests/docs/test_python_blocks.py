@@ -63,6 +63,15 @@ def test_cache_model(names: dict[str, Any]) -> None:
     exec(runnable(block), names)
 
 
+def test_fleets(names: dict[str, Any]) -> None:
+    Path("images").mkdir()
+    for name in ("a.img", "b.img", "c.img"):
+        Path("images", name).write_bytes(name[:1].encode() * 5000)
+    for block in blocks("docs/fleets.md"):
+        exec(runnable(block), names)
+    assert len(names["frame"]) == 3
+
+
 def test_readme(names: dict[str, Any]) -> None:
     first, second, third = blocks("README.md")
     exec(runnable(first), names)
