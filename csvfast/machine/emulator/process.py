@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import select
 import signal
 import struct
 import sys
@@ -45,7 +47,7 @@ _SAVED: Final = (
     x86.UC_X86_REG_RSP, x86.UC_X86_REG_RIP, x86.UC_X86_REG_EFLAGS,
 )  # fmt: skip
 _FRAME_BYTES: Final = 8 + 304 + 128  # return address, ucontext (asm/ucontext.h), siginfo
-_RESTART: Final = 0x10000000
+_ON_STACK: Final = 0x08000000
 _NODEFER: Final = 0x40000000
 _RESET: Final = 0x80000000
 _LIBRARY: Final = {32, 33}  # the C library's own
@@ -82,6 +84,7 @@ class Process:
     ) -> None:  # fmt: skip
         from csvfast.machine.emulator import kernel_files, syscalls
         from csvfast.machine.emulator.identity import Identity
+        from csvfast.machine.emulator.threads import SLICE, Blocked, Threads
 
         self.space = AddressSpace(memory, asid, frames, window, files)
         self.frames, self.files = frames, files
@@ -102,6 +105,8 @@ class Process:
         self.todo: Callable[[], int | None] | None = None
         self.calls = 0
         self._contexts: dict[int, Any] = {}
+        self.threads = Threads(self)
+        self._slice, self._blocked = SLICE, Blocked
         self._table = syscalls.TABLE
         self._failure: BaseException | None = None
         self._running = threading.Event()
@@ -127,6 +132,7 @@ class Process:
         ):  # fmt: skip
             uc.reg_write(register, value)
         self._contexts.clear()
+        self.threads.alone(new=True)
         for number, (handler, *_) in list(self.actions.items()):
             if handler > 1:
                 del self.actions[number]
@@ -153,11 +159,12 @@ class Process:
         os._exit(code)
 
     def _step(self) -> None:
+        self.threads.schedule()
         self._deliver()
         stopper = self._stopper
         assert stopper is not None
-        if not stopper.exact and any(handler > 1 for handler, *_ in self.actions.values()):
-            stopper.install()  # from now on a signal may stop the program and let it go on
+        if not stopper.exact and (self.threads.several or any(handler > 1 for handler, *_ in self.actions.values())):
+            stopper.install()  # from now on a signal, or a thread's turn, may stop the program and let it go on
         start = self.uc.reg_read(x86.UC_X86_REG_RIP)
         stopped = False
         self.space.touched = -1
@@ -170,18 +177,19 @@ class Process:
                 self._fault(problem)
         finally:
             self._running.clear()
-            stopper.stopped()
+            asked = stopper.stopped()
         failure = self._failure or self.space.failure
         if failure is not None:
             self._failure = self.space.failure = None
             raise failure
         self.check_deadline()
+        self.threads.turn_over |= asked
         todo, self.todo = self.todo, None
         if todo is not None:
             result = todo()
             if result is not None:
                 self.uc.reg_write(x86.UC_X86_REG_RAX, result)
-        elif self.instructions and not stopped and not self.pending:
+        elif self.instructions and not (stopped or self.pending or asked or self.threads.current.waiting):
             raise errors.LimitError(f"{self.name}: more than {self.instructions} instructions")
 
     def _fault(self, problem: UcError) -> None:
@@ -210,6 +218,12 @@ class Process:
             result = call(self, *arguments)
         except OSError as problem:
             result = -(problem.errno or 5)
+        except self._blocked as blocked:
+            if blocked.again is None:
+                blocked.again = lambda: call(self, *arguments) or 0
+            self.threads.current.waiting = blocked
+            uc.emu_stop()
+            return
         except BaseException as problem:
             self._failure = problem
             uc.emu_stop()
@@ -234,6 +248,7 @@ class Process:
         os.close(ready)
         self._follow_the_first()
         self.pending = []
+        self.threads.alone()
         self._watch()
         self.space.forked()
         os.close(tell)
@@ -310,6 +325,19 @@ class Process:
                 raise OSError(number, os.strerror(number))
             self.check_deadline()
 
+    def ready(self, host: int, events: int) -> None:
+        """Before a call that may wait for a descriptor: lets other threads run until it does not."""
+        if not self.threads.several or fcntl.fcntl(host, fcntl.F_GETFL) & os.O_NONBLOCK:
+            return
+        poller = select.poll()
+        poller.register(host, events)
+        if not poller.poll(0):
+            raise self._blocked({host: events})
+
+    def wake_watcher(self) -> None:
+        """The watching thread counts turns from now on."""
+        os.write(self._wake[1], b"\0")
+
     def check_deadline(self) -> None:
         """Raises LimitError when the time is over."""
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -331,8 +359,11 @@ class Process:
             if handler <= 1:
                 continue
             registers = self.uc.reg_read_batch(_SAVED)
-            frame = ((registers[15] - 128 - _FRAME_BYTES) & -16) - 8
-            context = struct.pack("<5Q", 0, 0, 0, 0, 0) + struct.pack("<18Q", *registers)
+            top, alternate = registers[15] - 128, self.threads.current.alternate
+            if flags & _ON_STACK and alternate[2] and not alternate[0] < registers[15] <= alternate[0] + alternate[2]:
+                top = alternate[0] + alternate[2]
+            frame = ((top - _FRAME_BYTES) & -16) - 8
+            context = struct.pack("<5Q", 0, 0, *alternate) + struct.pack("<18Q", *registers)
             mask = self.mask if self.suspended is None else self.suspended
             context += struct.pack("<Q", 0x33) + bytes(4 * 8 + 72) + struct.pack("<Q", mask)
             self.suspended = None
@@ -376,15 +407,17 @@ class Process:
         threading.Thread(target=self._watching, args=(read,), daemon=True).start()
 
     def _watching(self, read: int) -> None:
-        import select
-
         while True:
             left = None if self.deadline is None else max(self.deadline - time.monotonic(), 0.02)
+            several = self.threads.several
+            if several:
+                left = self._slice
             try:
-                if select.select([read], [], [], left)[0]:
+                ready = select.select([read], [], [], left)[0]
+                if ready:
                     os.read(read, 64)
-                    if self._stopper is not None:
-                        self._stopper.stop()
+                if (ready or several) and self._stopper is not None:
+                    self._stopper.stop()
             except (OSError, ValueError):
                 return
             while self.deadline is not None and time.monotonic() >= self.deadline and self._stopper is not None:

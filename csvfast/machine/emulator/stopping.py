@@ -28,6 +28,7 @@ class Stopper:
     def __init__(self, uc: Any) -> None:
         self.uc = uc
         self.exact = False
+        self._asked = False
         self._flag = _core.BlockStop(_STOP)
 
     def install(self) -> None:
@@ -46,6 +47,7 @@ class Stopper:
 
     def stop(self) -> None:
         """Any thread: stops the core at its next block, or as soon as it runs."""
+        self._asked = True
         self._flag.set()
 
     def stop_for_good(self) -> None:
@@ -53,6 +55,8 @@ class Stopper:
         self._flag.set()
         self.uc.emu_stop()
 
-    def stopped(self) -> None:
-        """The core's thread, after a stop: forgets what was asked for."""
+    def stopped(self) -> bool:
+        """The core's thread, after a stop: forgets what was asked for. Out: True when something was."""
+        asked, self._asked = self._asked, False
         self._flag.clear()
+        return asked

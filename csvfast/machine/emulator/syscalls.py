@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from csvfast.machine.emulator import identity, syscalls_files, syscalls_memory, syscalls_names, syscalls_process
+from csvfast.machine.emulator import (
+    events,
+    identity,
+    syscalls_files,
+    syscalls_memory,
+    syscalls_names,
+    syscalls_process,
+    threads,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,4 +25,6 @@ TABLE: Final[dict[int, Callable[..., int | None]]] = {
     **syscalls_memory.CALLS,
     **syscalls_process.CALLS,
     **identity.CALLS,
+    **threads.CALLS,
+    **events.CALLS,
 }

@@ -9,7 +9,6 @@ import os
 import select
 import stat
 import struct
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ def number_of(value: int) -> int:
 def _take(process: Process, host: int, length: int) -> bytes:
     if host in process.files.contents:
         return process.files.read(host, min(length, _BULK))
+    process.ready(host, select.POLLIN)
     buffer = bytearray(min(length, _BULK))
     done = process.waiting(LIBC.read, host, (ctypes.c_char * len(buffer)).from_buffer(buffer), len(buffer))
     return bytes(memoryview(buffer)[:done])
@@ -48,6 +48,7 @@ def _take(process: Process, host: int, length: int) -> bytes:
 def _put(process: Process, host: int, data: bytes) -> int:
     if host in process.files.contents:
         return process.files.write(host, data)
+    process.ready(host, select.POLLOUT)
     return process.waiting(LIBC.write, host, data, len(data))
 
 
@@ -216,53 +217,12 @@ def _sendfile(process: Process, out: int, source: int, offset: int, length: int,
     return done
 
 
-def _poll(process: Process, address: int, count: int, timeout: int, *_: int) -> int:
-    if not 0 <= count <= 1024:
-        raise OSError(errno.EINVAL, "poll")
-    entries = [list(entry) for entry in struct.iter_unpack("<ihh", process.space.read(address, 8 * count))]
-    poller = select.poll()
-    ready = 0
-    hosts: dict[int, list[list[int]]] = {}
-    for entry in entries:
-        entry[2] = 0
-        if entry[0] < 0:
-            continue
-        host = process.files.open_files.get(entry[0])
-        if host is None:
-            entry[2] = select.POLLNVAL
-            ready += 1
-            continue
-        hosts.setdefault(host, []).append(entry)
-    for host, same in hosts.items():
-        wanted = 0
-        for entry in same:
-            wanted |= entry[1]
-        poller.register(host, wanted)
-    found = []
-    wait = number_of(timeout)
-    end = time.monotonic() + wait / 1000
-    while True:  # in slices: Python's poll goes on after a signal
-        left = 0 if ready else 20 if wait < 0 else max(min((end - time.monotonic()) * 1000, 20), 0)
-        found = poller.poll(left)
-        if found or ready or (wait >= 0 and time.monotonic() >= end):
-            break
-        if process.interrupted():
-            raise OSError(errno.EINTR, "poll")
-        process.check_deadline()
-    for host, events in found:
-        for entry in hosts[host]:
-            entry[2] = events & (entry[1] | select.POLLERR | select.POLLHUP | select.POLLNVAL)
-            ready += bool(entry[2])
-    process.space.write(address, b"".join(struct.pack("<ihh", *entry) for entry in entries))
-    return ready
-
-
 def _fadvise(_process: Process, *_: int) -> int:
     return 0
 
 
 CALLS: Final[dict[int, Callable[..., Any]]] = {
-    0: _read, 1: _write, 3: _close, 7: _poll, 8: _lseek, 16: _ioctl, 17: _pread, 18: _pwrite, 19: _readv, 20: _writev,
+    0: _read, 1: _write, 3: _close, 8: _lseek, 16: _ioctl, 17: _pread, 18: _pwrite, 19: _readv, 20: _writev,
     22: _pipe_plain, 32: _dup, 33: _dup2, 40: _sendfile, 72: _fcntl, 73: _flock, 74: _fsync, 75: _fsync,
     77: _ftruncate, 221: _fadvise, 292: _dup3, 293: _pipe,
 }  # fmt: skip

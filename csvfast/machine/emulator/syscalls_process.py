@@ -18,6 +18,7 @@ from unicorn import x86_const as x86
 from csvfast.machine.emulator.files import AT_FDCWD
 from csvfast.machine.emulator.process import Ended
 from csvfast.machine.emulator.syscalls_files import LIBC, number_of
+from csvfast.machine.emulator.threads import Blocked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ _VFORK, _VM, _THREAD, _SETTLS, _CHILD_SETTID, _PARENT_SETTID = 0x4000, 0x100, 0x
 _WORD: Final = (1 << 64) - 1
 
 
-def _exit(_process: Process, code: int, *_: int) -> None:
+def _exit_group(_process: Process, code: int, *_: int) -> None:
     raise Ended(code & 0xFF)
 
 
@@ -39,10 +40,13 @@ def _fork(process: Process, *_: int) -> None:
 
 
 def _clone(process: Process, flags: int, stack: int, parent: int, child: int, tls: int, *_: int) -> int | None:
-    if flags & _THREAD or (flags & _VM and not flags & _VFORK):
+    if flags & _THREAD:
+        process.todo = lambda: process.threads.begin(flags, stack, parent, child, tls)
+        return None
+    if flags & _VM and not flags & _VFORK:
         from csvfast.machine.emulator.process import UnsupportedCall
 
-        raise UnsupportedCall(f"{process.name}: system call 56 (clone) for threads, flags {flags:#x}, is not supported")
+        raise UnsupportedCall(f"{process.name}: system call 56 (clone) for shared memory, flags {flags:#x}, is not supported")
 
     def fork() -> int:
         number = process.fork(stack)
@@ -114,7 +118,10 @@ def _execve(process: Process, path: int, arguments: int, environment: int, *_: i
 def _wait4(process: Process, number: int, address: int, options: int, usage: int, *_: int) -> int:
     state = ctypes.c_int()
     used = ctypes.create_string_buffer(144)
-    child = process.waiting(LIBC.wait4, number_of(number), ctypes.byref(state), options & 0xF, used)
+    several = process.threads.several
+    child = process.waiting(LIBC.wait4, number_of(number), ctypes.byref(state), options & 0xF | several, used)  # 1: WNOHANG
+    if several and not child and not options & 1:
+        raise Blocked(deadline=time.monotonic() + 0.005, late=lambda: _wait4(process, number, address, options, usage))
     status = state.value
     if child and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
         process.frames.release(child)
@@ -148,11 +155,21 @@ def _kill(process: Process, number: int, which: int, *_: int) -> int:
 
 
 def _tgkill(process: Process, _group: int, number: int, which: int, *_: int) -> int:
-    return _kill(process, number, which)
+    return _tkill(process, number, which)
 
 
 def _tkill(process: Process, number: int, which: int, *_: int) -> int:
-    return _kill(process, number, which)
+    thread, which = process.threads.find(number_of(number)), number_of(which)
+    if thread is None:
+        return _kill(process, number, which)
+    if not 0 <= which <= 64:
+        raise OSError(errno.EINVAL, "signal")
+    if which and thread is not process.threads.current and process.actions.get(which, (0,))[0] > 1:
+        if which not in thread.pending:
+            thread.pending.append(which)
+    else:
+        os.kill(os.getpid(), which)
+    return 0
 
 
 def _sigaction(process: Process, number: int, new: int, old: int, size: int, *_: int) -> int:
@@ -211,6 +228,8 @@ def _nanosleep(process: Process, request: int, *_: int) -> int:
 
 def _sleep(process: Process, seconds: float) -> None:
     end = time.monotonic() + seconds
+    if process.threads.several:
+        raise Blocked(deadline=end, late=lambda: 0)
     while (left := end - time.monotonic()) > 0:
         if process.interrupted():
             raise OSError(errno.EINTR, "sleep")
@@ -313,17 +332,6 @@ def _getrlimit(process: Process, which: int, address: int, *_: int) -> int:
     return _prlimit(process, 0, which, 0, address)
 
 
-def _futex(process: Process, address: int, operation: int, value: int, *_: int) -> int:
-    if operation & 0x7F == 1:  # FUTEX_WAKE: there is one thread
-        return 0
-    if operation & 0x7F == 0:
-        (found,) = struct.unpack("<I", process.space.read(address, 4))
-        if found != value & 0xFFFFFFFF:
-            raise OSError(errno.EAGAIN, "futex")
-        raise OSError(errno.EDEADLK, "nobody could wake it")
-    raise OSError(errno.ENOSYS, "futex")
-
-
 def _sysinfo(process: Process, address: int, *_: int) -> int:
     total = process.frames.count * 4096
     free = total - process.frames.used() * 4096
@@ -357,13 +365,13 @@ def _missing(_process: Process, *_: int) -> int:
 
 
 CALLS: Final[dict[int, Callable[..., Any]]] = {
-    13: _sigaction, 14: _sigprocmask, 15: _sigreturn, 24: _nothing, 34: _pause, 35: _nanosleep, 37: _alarm, 38: _setitimer,
-    39: lambda *_: os.getpid(), 56: _clone, 57: _fork, 58: _fork, 59: _execve, 60: _exit, 61: _wait4, 62: _kill, 63: _uname,
+    13: _sigaction, 14: _sigprocmask, 15: _sigreturn, 34: _pause, 35: _nanosleep, 37: _alarm, 38: _setitimer,
+    39: lambda *_: os.getpid(), 56: _clone, 57: _fork, 58: _fork, 59: _execve, 61: _wait4, 62: _kill, 63: _uname,
     96: _gettimeofday, 97: _getrlimit, 98: _getrusage, 99: _sysinfo, 100: _times, 109: _setpgid,
     110: lambda *_: os.getppid(), 111: lambda *_: os.getpgrp(), 112: lambda *_: os.setsid(),
-    121: _getpgid, 124: lambda _process, number, *_: os.getsid(number_of(number)), 130: _sigsuspend, 131: _nothing,
-    157: _nothing, 158: _arch_prctl, 186: lambda *_: os.getpid(), 200: _tkill, 201: _time, 202: _futex, 204: _affinity,
-    218: lambda *_: os.getpid(), 228: _clock_gettime, 229: _clock_getres, 230: _clock_nanosleep, 231: _exit, 234: _tgkill,
+    121: _getpgid, 124: lambda _process, number, *_: os.getsid(number_of(number)), 130: _sigsuspend,
+    157: _nothing, 158: _arch_prctl, 200: _tkill, 201: _time, 204: _affinity,
+    228: _clock_gettime, 229: _clock_getres, 230: _clock_nanosleep, 231: _exit_group, 234: _tgkill,
     273: _nothing, 302: _prlimit, 318: _getrandom, 324: _missing, 332: _missing, 334: _missing, 435: _missing,
     437: _missing, 439: _missing, 326: _missing,
 }  # fmt: skip
