@@ -138,7 +138,7 @@ class VmExecutor(Executor):
                 library=settings.get("library"),
                 arguments=NETWORK,
                 ports={PORT_NAME: theirs},
-                time_limit=settings.get("time_limit"),
+                time_limit=_number(settings, "time_limit", 0) or None,
                 output=plan.console,
             )
             try:
@@ -184,4 +184,11 @@ def _initrd(configuration: bytes, path: Path) -> Path:
 
 
 def _vcpus(plan: LaunchPlan) -> int:
-    return int(plan.settings.get("vcpus", 1))
+    return int(_number(plan.settings, "vcpus", 1))
+
+
+def _number(settings: Mapping[str, Any], name: str, usual: float) -> float:
+    try:
+        return float(settings.get(name, usual))
+    except (TypeError, ValueError):
+        raise ArgumentError(f"setting {name} of executor vm is {str(settings[name])[:40]!r}; expected a number") from None

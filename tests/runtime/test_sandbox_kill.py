@@ -96,7 +96,9 @@ def test_the_agent_is_killed(demo: Demo, executor: str) -> None:
         assert process.stderr is not None
         assert process.stdout.readline() == b"holding\n"
         seen = family(process.pid)
-        os.kill(agent_of(process.pid), signal.SIGKILL)
+        agent = agent_of(process.pid)
+        assert agent
+        os.kill(agent, signal.SIGKILL)
         assert process.wait(30) == 137
         said = process.stderr.read()
         assert b"the container was lost: the guest ended during WaitProcess: the agent was killed by signal 9" in said
@@ -108,7 +110,9 @@ def test_the_agent_is_killed_before_it_can_answer(demo: Demo) -> None:
     options = demo.allowed()
     with subprocess.Popen(demo.command(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for(lambda: agent_of(process.pid) or process.poll() is not None)
-        os.kill(agent_of(process.pid), signal.SIGKILL)
+        agent = agent_of(process.pid)
+        assert agent, process.communicate(timeout=30)
+        os.kill(agent, signal.SIGKILL)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (3, b"")
     assert b"csvfast: error: executor: the guest ended during" in err
