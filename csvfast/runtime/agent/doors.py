@@ -1,6 +1,6 @@
 """The way to a broker's keys: Verdictd's door or the KBS, behind one interface.
 
-    with open_door(configuration, attester, timed) as door:
+    with Door(configuration, attester, timed) as door:
         private = door.unwrap(layer)                   # a layer's private options, out of its packets
 
 The TLS key is made here, the report is about it, the certificate holds both; the broker decides. A connection is made with the
@@ -60,7 +60,7 @@ class Door:
                     raise ContainerError("broker", str(problem)) from problem
                 raise
             finally:
-                self._timed("unwrap", time.monotonic() - begin)
+                self._timed("open a layer's packet", time.monotonic() - begin)
 
     def close(self) -> None:
         """Wipes keys, ends the connection. Idempotent."""

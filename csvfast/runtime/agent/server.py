@@ -74,6 +74,7 @@ class Agent:
         self._lock = threading.RLock()
         self._pulling = threading.Lock()
         self._sandbox: str | None = None
+        self._hostname = ""
         self._images: dict[str, PulledImage] = {}
         self._containers: dict[str, _Container] = {}
         self._processes: dict[int, Process] = {}
@@ -139,10 +140,14 @@ class Agent:
             self._sandbox = identifier
         self._hostname = hostname
         self.attester.certificates = certificates
-        with self.times.step("sandbox"):
-            for name in ("images", "containers", "volumes"):
-                (self.work / name).mkdir(mode=0o700, exist_ok=True)
-            self.runner.open(hostname, network=self.policy.network)
+        try:
+            with self.times.step("sandbox"):
+                for name in ("images", "containers", "volumes"):
+                    (self.work / name).mkdir(mode=0o700, exist_ok=True)
+                self.runner.open(hostname, network=self.policy.network)
+        except BaseException:
+            self._sandbox = None
+            raise
         return {"agent": 1, "runner": self.runner.name, "door": self.configuration.broker["door"]}
 
     def _destroy_sandbox(self, fields: Fields) -> None:
@@ -186,12 +191,12 @@ class Agent:
             return self.work / "images" / f"{self._trees}"
 
     def _take_tree(self, image: PulledImage) -> Path:
-        """A tree for one container: the image's own for the first, copies of it for the others."""
+        """The image's tree becomes a container's: each container needs a PullImage of its own."""
         with self._lock:
-            if not image.taken:
-                image.taken = True
-                return image.rootfs
-        raise ContainerError("state", f"image {image.name} has become a container; expected another PullImage for a second one")
+            if image.taken:
+                raise ContainerError("state", f"image {image.name} has become a container; expected another PullImage")
+            image.taken = True
+        return image.rootfs
 
     # ---- Containers
 
