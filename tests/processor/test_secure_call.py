@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from reference.csv3_guest import (
     FIRMWARE_GPA,
     PAGE,
     SHARED,
+    SMR,
     GuestView,
     SecureCalls,
     firmware,
@@ -279,3 +281,52 @@ _SHARED_VIEW = _SharedView()
 def test_firmware_lies_where_expected(view: GuestView) -> None:
     assert view.read(FIRMWARE_GPA, PAGE) == firmware()[:PAGE]
     assert SHARED % PAGE == 0
+
+
+def test_ram_of_a_memory_controller_elsewhere(secure: Processor, view: GuestView) -> None:
+    """It has mapped pages on their first touch, and written them: the firmware finds them there, and zeroes none of them."""
+    base, size, asid = SMR[0], 4 << 20, 1
+    out, into = os.pipe()
+    try:
+        for ram, status in (
+            ((0, base + PAGE, 8 << 20), S.INVALID_PAGE_OWNER),
+            ((0, base - PAGE, size), S.INVALID_PAGE_OWNER),
+            ((FIRMWARE_GPA, base, size), S.INVALID_PAGE_OWNER),  # these pages have other frames
+            ((0, base, 6 << 20 | 1), S.INVALID_ADDRESS),
+            ((0, base, 0), S.INVALID_ADDRESS),
+            ((1 << 47, base, PAGE), S.INVALID_ADDRESS),
+        ):
+            with pytest.raises(FirmwareError) as caught:
+                secure.key_memory_controller(view.handle, into, [ram])
+            assert caught.value.status is status
+        secure.key_memory_controller(view.handle, into, [(0, base, size)])
+        assert os.read(out, 64) == bytes(secure.guests[view.handle].vek), "only once, after the refusals"
+    finally:
+        os.close(out)
+        os.close(into)
+
+    def touch(gpa: int, data: bytes) -> None:
+        secure.memory.write(base + gpa, data, asid)
+
+    touch(BLOCK, struct.pack("<IIQ16sIIQII", 0, 1, RESPONSE, bytes(16), PAGE, 0, REQUEST, 132, 0xFFFFFFFF).ljust(PAGE, b"\0"))
+    touch(REQUEST, ReportRequest.build(b"data", extended=True))
+    calls = SecureCalls(view)
+    assert calls(REQ_REPORT, [(BLOCK, 56)])[0] == ACK
+    assert struct.unpack("<I", secure.memory.read(base + BLOCK + 52, 4, asid))[0] == 0
+    report = Report.parse(secure.memory.read(base + RESPONSE, PAGE, asid))
+    assert report.report_data.startswith(b"data")
+    assert report.version == 2
+
+    touch(0x30000, b"the guest's".ljust(PAGE, b"!"))
+    secure.update_npt(view.handle, 4, 0x30000, SHARED, 1)
+    assert view.read(0x30000, 11) == b"the guest's"
+    assert view.read(size, 16) == bytes(16)  # beyond that RAM a page is the firmware's to give, and zero
+    assert calls(DEC, [(0x30000, PAGE)])[0] == INTERNAL, "that controller has nothing that is shared"
+    assert calls(ENC, [(0x30000, PAGE)])[0] == ACK
+    touch(0x50000, b"\x11" * PAGE)
+    assert calls(UPDATE_TABLE, [(0x50000, 2 * PAGE)])[0] == ACK
+    assert view.read(0x50000, 16)[8:] == b"\x11" * 8
+    assert calls(UPDATE_TABLE, [(0x52000, 2 * PAGE)])[0] == ACK
+    record = secure.csv3_record(secure.guests[view.handle])
+    taken = record.pool.take(record.pool.free)
+    assert not [first for first, count in taken if first < (base + size) // PAGE and base // PAGE < first + count]
