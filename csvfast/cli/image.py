@@ -6,6 +6,7 @@ import typer
 
 from csvfast.cli import image_encryption as _encryption
 from csvfast.cli import image_registry as _registry
+from csvfast.cli import image_unpack as _unpack
 
 __all__ = ["app"]
 
@@ -19,3 +20,4 @@ def _image() -> None:
 
 _registry.register(app)
 _encryption.register(app)
+_unpack.register(app)

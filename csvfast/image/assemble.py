@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from csvfast.crypto import Secret
 from csvfast.errors import ImageError, IntegrityError
-from csvfast.image.blobs import VerifiedReader, read_blob
+from csvfast.image.blobs import VerifiedReader, read_blob, resolve_manifest
 from csvfast.image.compression import compression_of
-from csvfast.image.descriptor import is_encrypted, is_index, is_manifest
+from csvfast.image.copy import platform_parts
+from csvfast.image.descriptor import is_encrypted
 from csvfast.image.image_config import ImageConfiguration, check_platform
 from csvfast.image.layer_cipher import LayerCheck, open_layer
 from csvfast.image.limits import DEFAULT_LIMITS, Budget, Limits
-from csvfast.image.manifest import Index, Manifest, choose
 from csvfast.image.spool import Spool
 from csvfast.image.tree import RootDirectory, remove_tree
 from csvfast.image.unpack import LayerResult, unpack_layer
@@ -39,6 +39,7 @@ from csvfast.image.unpack import LayerResult, unpack_layer
 if TYPE_CHECKING:
     from csvfast.image.blobs import BlobSource
     from csvfast.image.descriptor import Descriptor
+    from csvfast.image.manifest import Manifest
     from csvfast.image.tree import ContentStore
 
 __all__ = ["AssembledImage", "Progress", "Timings", "Unwrap", "assemble_image", "find_image"]
@@ -84,29 +85,17 @@ class AssembledImage:
 
 
 def find_image(
-    source: BlobSource,
-    wanted: str | None,
-    *,
-    architecture: str | None = None,
-    variant: str | None = None,
-    limits: Limits = DEFAULT_LIMITS,
+    source: BlobSource, wanted: str | None, *, platform: str | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[Descriptor, Manifest, ImageConfiguration]:
     """Manifest and configuration of an image, checked against each other; an index is searched for the platform.
 
-    In: architecture, variant   as `choose` has them
+    In: platform   "linux/arm64", "linux/arm64/v8". Default: this machine's
     Raises ImageError, RegistryError.
     """
-    descriptor, data = source.resolve(wanted)
-    if is_index(descriptor.media_type):
-        chosen = choose(Index.parse(data, descriptor.media_type), architecture=architecture, variant=variant)
-        descriptor, data = source.resolve(chosen.digest)
-        if descriptor.digest != chosen.digest:
-            raise IntegrityError(f"manifest {chosen.digest}", f"the source gave {descriptor.digest}")
-    if not is_manifest(descriptor.media_type):
-        raise ImageError(f"manifest {descriptor.digest}", f"media type {ascii(descriptor.media_type)[:120]}; expected an image's")
-    manifest = Manifest.parse(data, descriptor.media_type)
+    parts = platform_parts(platform)
+    descriptor, manifest = resolve_manifest(source, wanted, *parts)
     config = ImageConfiguration.parse(read_blob(source, manifest.config, limits.config_bytes), limits)
-    check_platform(config, architecture)
+    check_platform(config, parts[1] if parts else None, parts[0] if parts else "linux")
     if len(manifest.layers) != len(config.diff_ids):
         found = f"{len(manifest.layers)} layers, and {len(config.diff_ids)} in the image configuration"
         raise ImageError(f"manifest {descriptor.digest}", f"{found}; expected as many")
@@ -128,8 +117,7 @@ def assemble_image(
     unwrap: Unwrap | None = None,
     approve: Callable[[Descriptor, Manifest, ImageConfiguration], None] | None = None,
     clear_layers: bool = True,
-    architecture: str | None = None,
-    variant: str | None = None,
+    platform: str | None = None,
     owners: bool | None = None,
     devices: bool = False,
     content: ContentStore | None = None,
@@ -146,7 +134,7 @@ def assemble_image(
         unwrap         is called for each encrypted layer before anything of any layer is read; None: encrypted layers are refused
         approve        is called before any key is asked for; what it raises ends the work
         clear_layers   False: refuse an image with a layer that is not encrypted
-        architecture, variant   of the image. Default: this machine's
+        platform       of the image, as `find_image` has it
         owners, devices, content   as `RootDirectory` has them
         spool          directory for ciphertext between the passes. Default: where the destination is.
                        At most two layers are there at a time, and the space of what has been read is given back.
@@ -156,7 +144,7 @@ def assemble_image(
     begun = time.perf_counter()
     if os.path.lexists(destination):
         raise ImageError(str(destination), "is there already; expected a new name")
-    descriptor, manifest, config = find_image(source, wanted, architecture=architecture, variant=variant, limits=limits)
+    descriptor, manifest, config = find_image(source, wanted, platform=platform, limits=limits)
     encrypted = tuple(is_encrypted(layer.media_type) for layer in manifest.layers)
     for number, layer in enumerate(manifest.layers):
         if not encrypted[number] and not clear_layers:

@@ -327,7 +327,7 @@ def test_an_index_of_platforms(image: Image, place: Path) -> None:
     (image.place / "index.json").write_text(json.dumps(index))
     assert image.assemble(place / "root").descriptor.digest == ours["digest"]
     with pytest.raises(ImageError):
-        image.assemble(place / "other", architecture="mips")
+        image.assemble(place / "other", platform="linux/mips")
 
 
 CHILD = """
