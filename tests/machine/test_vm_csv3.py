@@ -369,6 +369,18 @@ def test_two_guests_in_one_secure_memory(kernel: Path) -> None:
             assert again.ram == first.ram
 
 
+def test_secure_memory_comes_before_other_guests(kernel: Path) -> None:
+    guest = csv3_plan(None, kernel=kernel, memory_size=64 * MIB)
+    with vm_platform.platform(dram_bytes(guest, FIRMWARE_BYTES) + 80 * MIB) as place:
+        other = launch(place, replace(guest, policy=GuestPolicy(1), secure_calls=None))
+        with pytest.raises(FirmwareError, match="INVALID_PLATFORM_STATE"):
+            launch(place, guest)
+        assert place.machine.guests() == [other.handle]
+        with Host(place.machine) as host:
+            host.stop(other.handle)
+        launch(place, guest)
+
+
 def test_refused_plans(kernel: Path, tmp_path: Path) -> None:
     guest = csv3_plan(None, kernel=kernel, memory_size=64 * MIB)
     with vm_platform.platform(64 * MIB) as place:
