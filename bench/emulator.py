@@ -16,6 +16,7 @@ from unicorn import Uc
 from unicorn import unicorn_const as constants
 from unicorn import x86_const as x86
 
+from csvfast.machine.emulator.files import Files
 from csvfast.machine.emulator.frames import Frames
 from csvfast.machine.emulator.window import AddressSpace, Area
 from csvfast.memory import EncryptedMemory
@@ -67,7 +68,7 @@ def windowed(code: bytes, size: int, window: int) -> tuple[float, int, AddressSp
     memory = EncryptedMemory(64 << 20, path=f"/proc/self/fd/{descriptor}")
     os.close(descriptor)
     memory.install(1)
-    space = AddressSpace(memory, 1, Frames(memory.pages), window)
+    space = AddressSpace(memory, 1, Frames(memory.pages), window, Files("/"))
     uc = Uc(constants.UC_ARCH_X86, constants.UC_MODE_64)
     space.attach(uc)
     space.map(Area(CODE_AT, CODE_AT + 4096, 7))
