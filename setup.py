@@ -28,7 +28,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 HEADER = Path("csrc/include/csvfast.h")
 HEADERS = (HEADER, Path("csrc/include/csvfast_vmram.h"))
-SOURCE_FOLDERS = ("csrc", "csrc/sm4", "csrc/sm3", "csrc/sm2", "csrc/engine")
+SOURCE_FOLDERS = ("csrc", "csrc/sm4", "csrc/sm3", "csrc/sm2", "csrc/sha256", "csrc/engine")
 HAS_LIBRARIES = sys.platform.startswith("linux")
 DEBUG = os.environ.get("CSVFAST_DEBUG", "") not in ("", "0")
 COVERAGE = os.environ.get("CSVFAST_COVERAGE", "") not in ("", "0")
@@ -171,7 +171,7 @@ core = Extension(
     "csvfast._core",
     sources=["csvfast/_core.pyx", *in_tree("*.c", *SOURCE_FOLDERS)],
     depends=[*in_tree("*.h", "csrc/include", "csrc/vmram", *SOURCE_FOLDERS), *in_tree("*.px[di]", "csvfast")],
-    include_dirs=["csrc/include"],
+    include_dirs=["csrc/include", "csrc"],
     extra_compile_args=compile_flags(),
     extra_link_args=link_flags(),
 )

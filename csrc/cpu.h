@@ -19,7 +19,8 @@ enum {
     CSVF_CPU_VAES = 1u << 5,
     CSVF_CPU_AVX512 = 1u << 6, /* F, BW, DQ, VL, VBMI with the zmm state enabled by the OS */
     CSVF_CPU_ADX = 1u << 7,
-    CSVF_CPU_IFMA = 1u << 8    /* AVX512_IFMA, and AVX512 as above */
+    CSVF_CPU_IFMA = 1u << 8,   /* AVX512_IFMA, and AVX512 as above */
+    CSVF_CPU_SHA = 1u << 9     /* SHA-256's rounds, and SSE4.1 */
 };
 
 /* Features of this CPU less those named in CSVFAST_DISABLE. Cached after the first call. */

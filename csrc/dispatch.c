@@ -30,6 +30,7 @@ static const struct {
 } features[] = {
     {"aes", CSVF_CPU_AES}, {"pclmul", CSVF_CPU_PCLMUL}, {"avx2", CSVF_CPU_AVX2}, {"bmi2", CSVF_CPU_BMI2}, {"adx", CSVF_CPU_ADX},
     {"gfni", CSVF_CPU_GFNI}, {"vaes", CSVF_CPU_VAES}, {"avx512", CSVF_CPU_AVX512}, {"ifma", CSVF_CPU_IFMA},
+    {"sha", CSVF_CPU_SHA},
 };
 enum { FEATURE_COUNT = sizeof features / sizeof features[0] };
 
@@ -51,6 +52,7 @@ static uint32_t detect(void)
     uint32_t a, b, c, d, found = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d))
         return 0;
+    const int has_sse41 = c >> 19 & 1;
     const int has_aes = c >> 25 & 1, has_pclmul = c >> 1 & 1, has_avx = c >> 28 & 1, has_osxsave = c >> 27 & 1;
     const uint64_t enabled = has_osxsave ? xcr0() : 0;
     const int ymm = has_avx && (enabled & 0x06) == 0x06;
@@ -63,6 +65,7 @@ static uint32_t detect(void)
     if (ymm && (b >> 5 & 1)) found |= CSVF_CPU_AVX2;
     if (b >> 8 & 1) found |= CSVF_CPU_BMI2;
     if (b >> 19 & 1) found |= CSVF_CPU_ADX;
+    if (has_sse41 && (b >> 29 & 1)) found |= CSVF_CPU_SHA;
     /* The kernels use the VEX and EVEX forms of GFNI and VAES, which need the ymm state. */
     if (ymm && (c >> 8 & 1)) found |= CSVF_CPU_GFNI;
     if (ymm && (c >> 9 & 1)) found |= CSVF_CPU_VAES;

@@ -18,6 +18,8 @@
 #    pragma clang attribute push(__attribute__((target("avx2,pclmul"))), apply_to = function)
 #  elif defined(CSVF_TARGET_ADX)
 #    pragma clang attribute push(__attribute__((target("avx2,bmi2,adx"))), apply_to = function)
+#  elif defined(CSVF_TARGET_SHA)
+#    pragma clang attribute push(__attribute__((target("sse4.1,sha"))), apply_to = function)
 #  else
 #    error "define one CSVF_TARGET_* before target_begin.h"
 #  endif
@@ -39,6 +41,8 @@
 #    pragma GCC target("avx2,pclmul")
 #  elif defined(CSVF_TARGET_ADX)
 #    pragma GCC target("avx2,bmi2,adx")
+#  elif defined(CSVF_TARGET_SHA)
+#    pragma GCC target("sse4.1,sha")
 #  else
 #    error "define one CSVF_TARGET_* before target_begin.h"
 #  endif

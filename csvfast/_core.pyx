@@ -5,6 +5,7 @@ Shape: this file holds what all parts share (buffers, numbers, errors, kernels);
 
     _core_secret.pxi   Secret
     _core_sm3.pxi      sm3, hmac_sm3, sm3_many, sm3_blocks, sm3_kdf, WorkerPool
+    _core_sha256.pxi   sha256_layer: digests and MAC of a container image's layer in one pass
     _core_sm4.pxi      SM4XTS, SM4CTR, SM4GCM
     _core_sm2.pxi      SM2PublicKey, SM2PrivateKey, sm2_verify_many
     _core_memory.pxi   Engine, the base of csvfast.memory.EncryptedMemory
@@ -295,6 +296,7 @@ def force_kernel(primitive, name):
 
 include "_core_secret.pxi"
 include "_core_sm3.pxi"
+include "_core_sha256.pxi"
 include "_core_sm4.pxi"
 include "_core_sm2.pxi"
 include "_core_memory.pxi"

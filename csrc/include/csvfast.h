@@ -101,14 +101,14 @@ typedef enum csvf_primitive {
  *   CSVFAST_KERNEL   one kernel name for every primitive that has a kernel of that name, or a comma-separated list of
  *                    primitive=name ("sm4=gfni-avx2,sm3=portable"). A name unknown to every primitive, or one this CPU
  *                    cannot run, is an error: nothing is silently replaced.
- *   CSVFAST_DISABLE  comma-separated CPU features to ignore: avx512, ifma, gfni, vaes, aes, avx2, bmi2, adx, pclmul.
+ *   CSVFAST_DISABLE  comma-separated CPU features to ignore: avx512, ifma, gfni, vaes, aes, avx2, bmi2, adx, pclmul, sha.
  * Returns: CSVF_OK, or CSVF_ERR_KERNEL (the portable kernels are then in use). PURE. */
 CSVF_API int csvf_init(void);
 
 /* "0.1.0". PURE. */
 CSVF_API const char *csvf_version(void);
 
-/* Space-separated names of the CPU features found that matter to a kernel ("aes pclmul avx2 bmi2 adx gfni vaes avx512 ifma"). PURE. */
+/* Space-separated names of the CPU features found that matter to a kernel ("aes pclmul avx2 bmi2 adx gfni vaes avx512 ifma sha"). PURE. */
 CSVF_API const char *csvf_cpu_features(void);
 
 /* "sm4", "sm3", "sm3-many", "ghash", "sm2", "sm2-many"; NULL for an unknown primitive. PURE. */

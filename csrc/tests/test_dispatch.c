@@ -125,7 +125,7 @@ static void test_environment(void)
 
 static void test_disable(void)
 {
-    CHECK(ask(NULL, "avx512,ifma,gfni,vaes,aes,avx2,bmi2,adx,pclmul", answers_no_features) == 1);
+    CHECK(ask(NULL, "avx512,ifma,gfni,vaes,aes,avx2,bmi2,adx,pclmul,sha", answers_no_features) == 1);
     CHECK(ask(NULL, "avx512", answers_no_avx512) == 1);
     CHECK(ask(NULL, "avx2", answers_no_avx512) == 1);     /* nothing wider without AVX2 */
     CHECK(ask(NULL, "nosuch", answers_error) == 1);
@@ -203,6 +203,7 @@ static void test_features(void)
     CHECK(has_word(ours, "avx2") == avx2);
     CHECK(has_word(ours, "bmi2") == has_word(line, "bmi2"));
     CHECK(has_word(ours, "adx") == has_word(line, "adx"));
+    CHECK(has_word(ours, "sha") == has_word(line, "sha_ni"));
     CHECK(has_word(ours, "ifma") == (has_word(ours, "avx512") && has_word(line, "avx512ifma")));
     CHECK(has_word(ours, "gfni") == (avx2 && has_word(line, "gfni")));
     CHECK(has_word(ours, "vaes") == (avx2 && has_word(line, "vaes")));

@@ -90,10 +90,11 @@ def _encrypted(
         encryption = LayerEncryption(reader, suite=suite, expected=layer, digest=False)
         packets = wrap_all(encryption.private, recipients, subject_of(layer))  # first: it fails sooner than the rest
         stored = target.put_blob(None, counted(encryption, progress))
-    if stored.size != layer.size:
-        raise IntegrityError(subject_of(layer), f"{stored.size} bytes were written; expected {layer.size}")
+    made = encryption.result
+    if stored.size != made.size or (made.digest and stored.digest != made.digest):
+        raise IntegrityError(subject_of(layer), f"{stored.size} bytes, {stored.digest}, were stored; expected {made.size}")
     return layer.replace(
         media_type=encrypted_type(layer.media_type),
         digest=stored.digest,
-        annotations=encrypted_annotations(layer.annotations, encryption.result.public, packets),
+        annotations=encrypted_annotations(layer.annotations, made.public, packets),
     )

@@ -11,7 +11,8 @@ Nothing is decrypted before the MAC of the whole ciphertext is known to be right
 ends with the comparison of the layer's own digest, which also finds a nonce or a blob that changed after the first pass: the last
 block is handed out only when that digest is right. What came before must not be made visible until then: `LayerReader.verified`.
 
-Hashes run in threads of their own where there is more than one CPU, one block behind the cipher.
+A layer is hashed three times: its plaintext, its ciphertext, and with the key. Where the CPU has SHA instructions all three go in
+one pass; elsewhere, and for SM3, each has a thread of its own when there is more than one CPU, a block behind the cipher.
 
 Source: containers/ocicrypt blockcipher/blockcipher_aes_ctr.go, encryption.go. The order of checks is stricter than its.
 Thread-safety: each object belongs to one thread at a time.
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from csvfast._core import BytesLike
     from csvfast.image.descriptor import Descriptor
-    from csvfast.image.suites import Suite
+    from csvfast.image.suites import LayerHashes, Mac, Suite
 
 __all__ = [
     "BLOCK_BYTES",
@@ -59,7 +60,8 @@ _THREAD_BYTES: Final = 128 << 10  # what a thread is worth waking for
 
 _ZEROS: Final = bytes(64 << 10)
 
-_Sink = Callable[[memoryview], Any]
+_Sink = Callable[..., Any]
+_SHA256: Final = "sha256:"
 
 
 class Reader(Protocol):
@@ -100,18 +102,18 @@ class _Followers:
         self._threads: list[ThreadPoolExecutor] = []
         self._pending: list[Future[Any]] = []
 
-    def feed(self, data: memoryview) -> None:
+    def feed(self, *data: memoryview) -> None:
         """Hands over the next bytes, which must stay as they are until wait() or the next feed() has returned."""
         self.wait()
-        if len(data) < _THREAD_BYTES or _cpus() < 2:
+        if len(data[0]) < _THREAD_BYTES or _cpus() < 2:
             for sink in self._sinks:
-                sink(data)
+                sink(*data)
             return
         if not self._threads:
             from concurrent.futures import ThreadPoolExecutor  # slow to import, and of no use in a guest with one CPU
 
             self._threads = [ThreadPoolExecutor(1, "csvfast-layer") for _ in self._sinks]
-        self._pending = [thread.submit(sink, data) for thread, sink in zip(self._threads, self._sinks, strict=True)]
+        self._pending = [thread.submit(sink, *data) for thread, sink in zip(self._threads, self._sinks, strict=True)]
 
     def wait(self) -> None:
         """Until everything that was fed has been taken."""
@@ -150,6 +152,78 @@ def _wipe(buffer: bytearray) -> None:
 # ---- Encryption
 
 
+class _SeparateHashes:
+    """Three objects, each in a thread of its own."""
+
+    def __init__(self, mac: Mac, clear: Any, digest: bool) -> None:
+        self._mac, self._clear, self._sealed = mac, clear, new_hash(_SHA256) if digest else None
+        self._before = _Followers(clear.update)
+        self._after = _Followers(mac.update, *(() if self._sealed is None else (self._sealed.update,)))
+
+    def before(self, clear: memoryview) -> None:
+        """Plaintext, before it is encrypted. Both buffers must stay as they are until the next call of the same name."""
+        self._before.feed(clear)
+
+    def after(self, _clear: memoryview, sealed: memoryview) -> None:
+        """Plaintext and what became of it."""
+        self._after.feed(sealed)
+
+    def wait(self) -> None:
+        """Until everything has been hashed."""
+        self._before.wait()
+        self._after.wait()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._before.close()
+        self._after.close()
+
+    def mac(self) -> bytes:
+        return self._mac.digest()
+
+    def clear(self) -> str:
+        return str(self._clear.hexdigest())
+
+    def sealed(self) -> str:
+        return "" if self._sealed is None else self._sealed.hexdigest()
+
+
+class _TogetherHashes:
+    """One object for all three, behind the cipher."""
+
+    def __init__(self, hashes: LayerHashes) -> None:
+        self._hashes = hashes
+        self._follower = _Followers(hashes.update)
+
+    @classmethod
+    def make(cls, suite: Suite, key: Secret, nonce: bytes, expected: Descriptor | None) -> _TogetherHashes | None:
+        if expected is not None and not expected.digest.startswith(_SHA256):
+            return None
+        hashes = suite.hashes(key, nonce)
+        return None if hashes is None else cls(hashes)
+
+    def before(self, clear: memoryview) -> None:
+        pass
+
+    def after(self, clear: memoryview, sealed: memoryview) -> None:
+        self._follower.feed(sealed, clear)
+
+    def wait(self) -> None:
+        self._follower.wait()
+
+    def close(self) -> None:
+        self._follower.close()
+
+    def mac(self) -> bytes:
+        return self._hashes.mac()
+
+    def clear(self) -> str:
+        return self._hashes.clear_digest().hex()
+
+    def sealed(self) -> str:
+        return self._hashes.digest().hex()
+
+
 class LayerEncryption:
     """Encrypts one layer under a new key and nonce. An iterator over blocks of ciphertext, and then a result.
 
@@ -157,7 +231,7 @@ class LayerEncryption:
         suite      algorithms
         expected   what the layer must be: its size and digest are compared, and the digest goes into the private options.
                    None: whatever comes, with its SHA-256
-        digest     compute the digest of the ciphertext, too. False where whoever takes the blocks does
+        digest     False: the ciphertext's digest may be missing, because whoever takes the blocks computes it
     A block is valid until the next one is asked for. IntegrityError at the end: the layer is not `expected`.
     """
 
@@ -177,9 +251,9 @@ class LayerEncryption:
         self._key = Secret.random(suite.key_bytes) if _key is None else _key
         self._nonce = os.urandom(NONCE_BYTES) if _nonce is None else _nonce
         self._cipher = suite.cipher(self._key, self._nonce)
-        self._mac = suite.mac(self._key, self._nonce)
-        self._plain = new_hash("sha256:" if expected is None else expected.digest)
-        self._sealed = new_hash("sha256:") if digest else None
+        self._hashes = _TogetherHashes.make(suite, self._key, self._nonce, expected) or _SeparateHashes(
+            suite.mac(self._key, self._nonce), new_hash(_SHA256 if expected is None else expected.digest), digest
+        )
         self._blocks = self._run()
         self._result: EncryptedLayer | None = None
 
@@ -201,8 +275,7 @@ class LayerEncryption:
     def _run(self) -> Iterator[memoryview]:
         # Two buffers each: hashes read one while the other is written.
         clear, sealed = [bytearray(BLOCK_BYTES) for _ in range(2)], [bytearray(BLOCK_BYTES) for _ in range(2)]
-        before = _Followers(self._plain.update)
-        after = _Followers(self._mac.update, *(() if self._sealed is None else (self._sealed.update,)))
+        hashes = self._hashes
         size = 0
         try:
             turn = 0
@@ -212,33 +285,31 @@ class LayerEncryption:
                 if not count:
                     break
                 size += count
-                before.feed(source[:count])
+                hashes.before(source[:count])
                 target = memoryview(sealed[turn])[:count]
                 self._cipher.process(source[:count], target)
-                after.feed(target)
+                hashes.after(source[:count], target)
                 yield target
                 if count < BLOCK_BYTES:
                     break
                 turn = 1 - turn
-            before.wait()
-            after.wait()
+            hashes.wait()
             self._finish(size)
         finally:
-            before.close()
-            after.close()
+            hashes.close()
             for buffer in clear:
                 _wipe(buffer)
 
     def _finish(self, size: int) -> None:
         name = "sha256" if self._expected is None else self._expected.digest.partition(":")[0]
-        digest = f"{name}:{self._plain.hexdigest()}"
+        digest = f"{name}:{self._hashes.clear()}"
         if self._expected is not None and (size, digest) != (self._expected.size, self._expected.digest):
             subject = subject_of(self._expected)
             raise IntegrityError(subject, f"{size} bytes with the digest {digest}; expected {self._expected.size} bytes")
-        public = PublicOptions(self._suite, self._mac.digest())
+        public = PublicOptions(self._suite, self._hashes.mac())
         private = PrivateOptions(self._key, digest, {"nonce": self._nonce})
-        sealed = "" if self._sealed is None else f"sha256:{self._sealed.hexdigest()}"
-        self._result = EncryptedLayer(size, sealed, public.encode(), private.encode(), digest)
+        sealed = self._hashes.sealed()
+        self._result = EncryptedLayer(size, sealed and _SHA256 + sealed, public.encode(), private.encode(), digest)
 
 
 def encrypt_layer(
@@ -270,8 +341,10 @@ class LayerCheck:
     def __init__(self, descriptor: Descriptor, private: Secret) -> None:
         self._descriptor = descriptor
         self._key = _layer_key(descriptor, private)
+        key, suite = self._key, self._key.suite
+        self._hashes = suite.hashes(key.key, key.nonce) if descriptor.digest.startswith(_SHA256) else None
         self._digest = new_hash(descriptor.digest)
-        self._mac = self._key.suite.mac(self._key.key, self._key.nonce)
+        self._mac = suite.mac(key.key, key.nonce)
         self._followers = _Followers(self._digest.update)
         self._size = 0
 
@@ -282,6 +355,9 @@ class LayerCheck:
         if self._size > self._descriptor.size:
             self.close()
             raise self._error(f"more than {self._descriptor.size} bytes")
+        if self._hashes is not None:
+            self._hashes.update(view)
+            return
         self._followers.feed(view)
         self._mac.update(view)
         self._followers.wait()
@@ -292,10 +368,11 @@ class LayerCheck:
         if self._size != self._descriptor.size:
             raise self._error(f"{self._size} bytes; expected {self._descriptor.size}")
         algorithm = self._descriptor.digest.partition(":")[0]
-        found = f"{algorithm}:{self._digest.hexdigest()}"
+        hashes = self._hashes
+        found = f"{algorithm}:{self._digest.hexdigest() if hashes is None else hashes.digest().hex()}"
         if found != self._descriptor.digest:
             raise self._error(f"the blob's digest is {found}")
-        if not hmac.compare_digest(self._mac.digest(), self._key.mac):
+        if not hmac.compare_digest(self._mac.digest() if hashes is None else hashes.mac(), self._key.mac):
             raise self._error(f"the MAC does not match: ciphertext, key or options were changed ({self._key.suite.name})")
 
     def close(self) -> None:
