@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +176,11 @@ def test_configuration_that_is_no_json() -> None:
     for data in (b"", b"[]", b'{"version":1,"version":1}', b"x" * (1 << 21)):
         with pytest.raises(ContainerError):
             AgentConfiguration.parse(data)
+
+
+def test_the_documentations_example() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "agent.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    for name in ("images", "manifests", "unencrypted", "commands", "executions", "environment", "users", "directories", "volumes"):
+        assert f"| `{name}` |" in page
