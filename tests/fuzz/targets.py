@@ -27,6 +27,7 @@ from csvfast.report.evidence import Evidence, read_evidence
 from csvfast.report.layout import Report
 from csvfast.report.policy import GuestPolicy
 from csvfast.report.request import ReportRequest
+from fuzz.archive_targets import ConfigurationTarget, LayerTarget, UsersTarget
 from fuzz.kbs_targets import (
     JsonInputTarget,
     JweTarget,
@@ -369,4 +370,7 @@ TARGETS: dict[str, type[Target]] = {
     "kbs-path": ResourcePathTarget,
     "verdictd-request": VerdictdRequestTarget,
     "verdictd-reply": VerdictdReplyTarget,
+    "image-layer": LayerTarget,
+    "image-configuration": ConfigurationTarget,
+    "image-users": UsersTarget,
 }
