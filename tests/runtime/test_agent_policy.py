@@ -182,5 +182,5 @@ def test_the_documentations_example() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "agent.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     exec(block, {})
-    for name in ("images", "manifests", "unencrypted", "commands", "executions", "environment", "users", "directories", "volumes"):
+    for name in ("images", "manifests", "unencrypted", "commands", "executions", "environment", "users", "volumes"):
         assert f"| `{name}` |" in page
