@@ -143,6 +143,14 @@ def prepare_image(folder: Path) -> None:
     make_image(folder / "app", "1")
 
 
+def prepare_container(folder: Path) -> None:
+    """A layout with a static program."""
+    pytest.importorskip("unicorn")
+    from runtime.sandbox_rig import make_clear
+
+    make_clear(folder / "app", "1", command=("/bin/program", "env"))
+
+
 PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("README.md", 18, evidence),
     ("docs/measure.md", 10, None),
@@ -157,6 +165,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/guest.md", 2, prepare_boot_files),
     ("docs/virtual-machines.md", 3, prepare_machine),
     ("docs/image-encryption.md", 8, prepare_image),
+    ("docs/containers.md", 10, prepare_container),
 ]
 
 
@@ -202,6 +211,8 @@ def run(line: str, expected: int, folder: Path, variables: dict[str, str]) -> st
 
 def remember(line: str, shown: str, variables: dict[str, str]) -> None:
     """What a reader would copy from one command's output into a later command."""
+    if (pin := re.search(r"Verdictd's door pin ([0-9a-f]{64})", shown)) is not None:
+        variables["PIN"] = pin[1]
     root = re.search(r'(?:Root hash: +|"root_hash": ")([0-9a-f]{64})', shown)
     if root is not None and "root.hashes" in line:
         variables["ROOT"] = root[1]
