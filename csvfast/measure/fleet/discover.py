@@ -73,6 +73,10 @@ def discover(sources: Iterable[AnyPath | Item], selection: Selection) -> Iterato
 
     sources: paths, URLs, and items as `read_manifest` gives them, whose identity is looked up.
     """
+    sources = list(sources)
+    if len(sources) == 1:
+        yield from _found(sources[0], selection)
+        return
     seen = set()
     for source in sources:
         for found in _found(source, selection):
@@ -233,16 +237,7 @@ def _one(item: Item, status: os.stat_result) -> Item | Row:
     if not stat.S_ISREG(status.st_mode):
         what = next((name for test, name in _KINDS if test(status.st_mode)), "no file")
         return Row.failed(item, "kind", f"{item.name}: is {what}; expected a file, a directory or a block device")
-    return Item(
-        item.name,
-        item.location,
-        item.mode,
-        item.content,
-        item.options,
-        "",
-        identity_of(status.st_size, status),
-        item.expect,
-    )
+    return replace(item, identity=identity_of(status.st_size, status))
 
 
 _KINDS: Final[tuple[tuple[Callable[[int], bool], str], ...]] = (

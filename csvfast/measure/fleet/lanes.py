@@ -26,9 +26,9 @@ LANES: Final = 32
 SMALL_BYTES: Final = 256 << 10
 ROOM_BYTES: Final = 4 << 20
 CALL_FILES: Final = 512
-PIECE_BYTES: Final = 128 << 10
+PIECE_BYTES: Final = 64 << 10
 LONE_PIECE_BYTES: Final = 1 << 20
-WINDOW_BYTES: Final = 1 << 20
+WINDOW_BYTES: Final = 2 << 20
 READ_AHEAD_BYTES: Final = 4 << 20
 
 

@@ -1,7 +1,8 @@
 """What a job measures (items), and what comes of it (rows).
 
-An item names one thing to measure and how; a row is the outcome: a digest, or the kind of error and its message. Both are
-immutable, can be pickled, and have a JSON form, so that they travel between processes and machines as they are.
+An item names one thing to measure and how; a row is the outcome: a digest, or the kind of error and its message. Both can be
+pickled, and rows have a JSON form, so that they travel between processes and machines as they are. Nobody changes them once they
+are made; they are not frozen because making one would take three times as long, and there are thousands.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Options:
 _DEFAULTS: Final = Options()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Identity:
     """What is compared to know whether a source changed since it was measured; None: the source has no such thing.
 
@@ -127,7 +128,7 @@ class Identity:
 _IDENTITY: Final = tuple(Identity.__dataclass_fields__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Item:
     """One thing to measure.
 
@@ -162,7 +163,7 @@ class Item:
         return None if self.identity is None else self.identity.size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Row:
     """The outcome for one item.
 
