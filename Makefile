@@ -1,6 +1,6 @@
 # csvfast: the two commands, and what they are made of. Everything lands in .venv and build; `make clean` removes both.
 #
-#   make demo     environment, build, then the main job on real input
+#   make demo     environment, build, then the life of a confidential container (ARGS=--engine: measurement and speed)
 #   make test     environment with the test and bench extras, build, then every check there is
 #
 #   make venv     the environment with csvfast installed         make bench    csvfast bench
@@ -44,7 +44,7 @@ $(VENV)/.made: tools/make-venv.sh
 # Not editable: what runs is what a user installs, and no build product appears among the sources. The core stamp is
 # newer than the test one only when `make demo` built last; each one puts the sources of today in place.
 $(VENV)/.installed: $(VENV)/.made $(PACKAGE_SOURCES)
-	@$(RUN) tools/install.py .
+	@$(RUN) tools/install.py '.[broker,unicorn]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.made $(PACKAGE_SOURCES)

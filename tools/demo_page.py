@@ -233,7 +233,8 @@ summary{cursor:pointer;color:var(--bar);font-size:.88rem}.axis{position:relative
 .badge{float:right;margin-left:.6rem;font-size:.78rem;font-weight:600;color:var(--good)}.bad .badge{color:var(--bad)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1rem}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1rem}
-figure pre{white-space:pre;font-size:11px}figcaption{font-size:.93rem;margin-bottom:.6rem}svg{width:100%;height:auto;display:block}.mean{
+figure pre{white-space:pre;font-size:11px}figcaption{font-size:.93rem;margin-bottom:.6rem}
+svg{width:100%;height:auto;display:block}.mean{
 margin:.4rem 0;font-size:.86rem;color:var(--soft)}
 .legend{font-size:.86rem;color:var(--soft)}.legend i{
 display:inline-block;width:1rem;height:.8rem;margin:0 1px;vertical-align:-1px}
