@@ -1,4 +1,4 @@
-"""Threads, epoll and eventfd of emulated programs: what a program with threads prints is what it prints on the host."""
+"""Threads, epoll, eventfd and sockets of emulated programs: what a program with threads prints is what it prints on the host."""
 
 from __future__ import annotations
 
@@ -147,6 +147,60 @@ int main(void) {
 """
 
 
+SOCKETS = r"""
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+static void *serve(void *p) {
+    int one = accept(*(int *)p, 0, 0);
+    char text[64];
+    ssize_t got = recv(one, text, sizeof text, 0);
+    struct iovec parts[2] = {{"back ", 5}, {text, (size_t)got}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    sendmsg(one, &message, 0);
+    close(one);
+    return p;
+}
+static int talk(struct sockaddr *address, socklen_t length) {
+    int listener = socket(address->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), client, on = 1;
+    pthread_t thread;
+    char text[64] = "";
+    if (listener < 0) { printf("%s\n", strerror(errno)); return 1; }
+    if (address->sa_family == AF_INET) setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (bind(listener, address, length) || listen(listener, 4)) { printf("bind %s\n", strerror(errno)); return 1; }
+    if (address->sa_family == AF_INET) getsockname(listener, address, &length);
+    pthread_create(&thread, 0, serve, &listener);
+    client = socket(address->sa_family, SOCK_STREAM, 0);
+    if (connect(client, address, length)) { printf("connect %s\n", strerror(errno)); return 1; }
+    send(client, "hello", 5, MSG_NOSIGNAL);
+    shutdown(client, SHUT_WR);
+    pthread_join(thread, 0);
+    printf("%zd ", recv(client, text, 63, MSG_WAITALL));
+    printf("%s\n", text);
+    return 0;
+}
+int main(void) {
+    struct sockaddr_un local = {AF_UNIX, "/socket"}, outside = {AF_UNIX, "/../../../../run/none"};
+    struct sockaddr_in net = {AF_INET, 0, {htonl(INADDR_LOOPBACK)}, {0}};
+    int pair[2], status;
+    char text[8] = "";
+    status = talk((struct sockaddr *)&local, sizeof local);
+    printf("again %d\n", talk((struct sockaddr *)&local, sizeof local));
+    status += talk((struct sockaddr *)&net, sizeof net);
+    socketpair(AF_UNIX, SOCK_DGRAM, 0, pair);
+    if (write(pair[0], "pair", 4) != 4 || read(pair[1], text, 8) != 4) return 9;
+    printf("%s %d\n", text, connect(socket(AF_UNIX, SOCK_STREAM, 0), (struct sockaddr *)&outside, sizeof outside));
+    return status;
+}
+"""
+
+
 def compiled(place: Path, text: str) -> Path:
     if shutil.which("gcc") is None:
         pytest.skip("no gcc")
@@ -157,10 +211,10 @@ def compiled(place: Path, text: str) -> Path:
     return place / "program"
 
 
-def emulate(root: Path, *words: str, window: int) -> tuple[bytes, int | None]:
+def emulate(root: Path, *words: str, window: int, network: bool = False) -> tuple[bytes, int | None]:
     read, write = os.pipe()
     with EmulatedProcess() as process:
-        process.start("/program", words, root=root, stdout=write, stderr=2, window=window, seconds=60)
+        process.start("/program", words, root=root, stdout=write, stderr=2, window=window, network=network, seconds=60)
         os.close(write)
         with os.fdopen(read, "rb") as stream:
             output = stream.read()
@@ -179,3 +233,14 @@ def test_signals_find_their_thread_and_its_stack(tmp_path: Path) -> None:
     compiled(tmp_path, SIGNALS)
     output, code = emulate(tmp_path, window=128 << 10)
     assert (output, code) == (b"1 1\n1\n2\n", 134)
+
+
+def test_sockets(tmp_path: Path) -> None:
+    compiled(tmp_path, SOCKETS)
+    again = b"bind Address already in use\nagain 1\n"
+    found = emulate(tmp_path, window=128 << 10)
+    assert found == (b"10 back hello\n" + again + b"Address family not supported by protocol\npair -1\n", 1)
+    assert (tmp_path / "socket").is_socket()
+    (tmp_path / "socket").unlink()
+    found = emulate(tmp_path, window=128 << 10, network=True)
+    assert found == (b"10 back hello\n" + again + b"10 back hello\npair -1\n", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -340,3 +341,12 @@ def test_a_program_in_this_process(busybox: bytes, tmp_path: Path) -> None:
         with os.fdopen(read, "rb") as stream:
             assert stream.read().split()[0].decode() == hashlib.sha256(data).hexdigest()
         assert result.exit_code == 0
+
+
+def test_the_page_s_example(capfd: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "emulator.md"
+    if not page.exists():
+        pytest.skip("the tests stand outside a source tree")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    assert capfd.readouterr().out == "/program: no ELF file\n"

@@ -83,6 +83,7 @@ class EmulatedProcess:
         user: tuple[int, int] | None = None,
         groups: Sequence[int] = (),
         hostname: str | None = None,
+        network: bool = False,
         memory: int = 256 << 20,
         window: int = 256 << 10,
         dram: str | os.PathLike[str] | None = None,
@@ -103,7 +104,7 @@ class EmulatedProcess:
         settings = {
             "program": program, "arguments": list(arguments), "directory": directory, "memory": memory, "window": window,
             "environment": None if environment is None else dict(environment), "user": user, "groups": list(groups),
-            "hostname": hostname, "dram": None if dram is None else os.fspath(os.path.abspath(dram)),  # noqa: PTH100
+            "hostname": hostname, "network": network, "dram": None if dram is None else os.fspath(os.path.abspath(dram)),  # noqa: PTH100
             "instructions": instructions, "seconds": seconds, "tree": isinstance(root, EncryptedTree),
         }  # fmt: skip
         text = json.dumps(settings).encode("utf-8", "surrogateescape")

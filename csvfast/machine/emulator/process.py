@@ -75,12 +75,13 @@ class Process:
         deadline       of time.monotonic(); None = none
         identity       None = the host's user
         hostname       None = the host's
+        network        Internet sockets of the host's
     """
 
     def __init__(
         self, memory: EncryptedMemory, asid: int, frames: Frames, window: int, files: Files, *,
         instructions: int | None = None, deadline: float | None = None, identity: Identity | None = None,
-        hostname: str | None = None,
+        hostname: str | None = None, network: bool = False,
     ) -> None:  # fmt: skip
         from csvfast.machine.emulator import kernel_files, syscalls
         from csvfast.machine.emulator.identity import Identity
@@ -90,7 +91,7 @@ class Process:
         self.frames, self.files = frames, files
         files.kernel = lambda path: kernel_files.opened(self, path)
         self.identity = Identity() if identity is None else identity
-        self.hostname = hostname
+        self.hostname, self.network = hostname, network
         self.instructions, self.deadline = instructions, deadline
         self.actions: dict[int, tuple[int, int, int, int]] = {}
         self.mask = 0

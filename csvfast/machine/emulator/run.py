@@ -52,6 +52,7 @@ def run_program(
     user: tuple[int, int] | None = None,
     groups: Sequence[int] = (),
     hostname: str | None = None,
+    network: bool = False,
     memory: int = 256 << 20,
     window: int = 256 << 10,
     dram: str | os.PathLike[str] | None = None,
@@ -72,6 +73,7 @@ def run_program(
                    None = the host's own
         groups     with `user`: its other groups
         hostname   None = the host's
+        network    True = the program has Internet sockets, the host's own; without, Unix sockets below the root alone
         memory     bytes of DRAM for all processes together, a multiple of 4096
         window     bytes that one process has decrypted at once, a multiple of 4096, at least 65536
         dram       file that is the DRAM, made with `memory` bytes, kept afterwards; None = memory of its own
@@ -108,7 +110,7 @@ def run_program(
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         process = Process(
             engine, _ASID, frames, window, files, instructions=instructions, deadline=deadline,
-            identity=Identity(user, groups), hostname=hostname,
+            identity=Identity(user, groups), hostname=hostname, network=network,
         )  # fmt: skip
         try:
             file = files.open(files.absolute(-100, os.fsencode(program)), os.O_RDONLY)

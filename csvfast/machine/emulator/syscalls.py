@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from csvfast.machine.emulator import (
     events,
     identity,
+    sockets,
     syscalls_files,
     syscalls_memory,
     syscalls_names,
@@ -27,4 +28,5 @@ TABLE: Final[dict[int, Callable[..., int | None]]] = {
     **identity.CALLS,
     **threads.CALLS,
     **events.CALLS,
+    **sockets.CALLS,
 }
