@@ -53,14 +53,14 @@ __all__ = [
     "open_layer",
 ]
 
-BLOCK_BYTES: Final = 1 << 20
-"""Bytes that are worked on at once. An object holds at most four such blocks."""
+BLOCK_BYTES: Final = 256 << 10
+"""Bytes that are worked on at once: few enough that hashes find them in a cache. An object holds at most four such blocks."""
 
 _THREAD_BYTES: Final = 128 << 10  # what a thread is worth waking for
 
 _ZEROS: Final = bytes(64 << 10)
 
-_Sink = Callable[..., Any]
+_Sink = Callable[[memoryview], Any]
 _SHA256: Final = "sha256:"
 
 
@@ -102,18 +102,18 @@ class _Followers:
         self._threads: list[ThreadPoolExecutor] = []
         self._pending: list[Future[Any]] = []
 
-    def feed(self, *data: memoryview) -> None:
+    def feed(self, data: memoryview) -> None:
         """Hands over the next bytes, which must stay as they are until wait() or the next feed() has returned."""
         self.wait()
-        if len(data[0]) < _THREAD_BYTES or _cpus() < 2:
+        if len(data) < _THREAD_BYTES or _cpus() < 2:
             for sink in self._sinks:
-                sink(*data)
+                sink(data)
             return
         if not self._threads:
             from concurrent.futures import ThreadPoolExecutor  # slow to import, and of no use in a guest with one CPU
 
             self._threads = [ThreadPoolExecutor(1, "csvfast-layer") for _ in self._sinks]
-        self._pending = [thread.submit(sink, *data) for thread, sink in zip(self._threads, self._sinks, strict=True)]
+        self._pending = [thread.submit(sink, data) for thread, sink in zip(self._threads, self._sinks, strict=True)]
 
     def wait(self) -> None:
         """Until everything that was fed has been taken."""
@@ -189,11 +189,10 @@ class _SeparateHashes:
 
 
 class _TogetherHashes:
-    """One object for all three, behind the cipher."""
+    """One object for all three. Waking a thread for it would take as long as it would save."""
 
     def __init__(self, hashes: LayerHashes) -> None:
         self._hashes = hashes
-        self._follower = _Followers(hashes.update)
 
     @classmethod
     def make(cls, suite: Suite, key: Secret, nonce: bytes, expected: Descriptor | None) -> _TogetherHashes | None:
@@ -206,13 +205,13 @@ class _TogetherHashes:
         pass
 
     def after(self, clear: memoryview, sealed: memoryview) -> None:
-        self._follower.feed(sealed, clear)
+        self._hashes.update(sealed, clear)
 
     def wait(self) -> None:
-        self._follower.wait()
+        pass
 
     def close(self) -> None:
-        self._follower.close()
+        pass
 
     def mac(self) -> bytes:
         return self._hashes.mac()

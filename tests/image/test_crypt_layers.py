@@ -125,13 +125,23 @@ def test_every_layer_has_a_key_and_a_nonce_of_its_own() -> None:
     assert len({one.cipher_options["nonce"] for one in made}) == 8
 
 
-def test_one_cpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = hashlib.shake_128(b"layer").digest(2 * BLOCK_BYTES + 5)
-    expected, _ = sealed(data, key=layers.KEY, nonce=layers.NONCE)
-    monkeypatch.setattr(layer_cipher, "_cpus", lambda: 1)
+@pytest.mark.parametrize("cpus", [1, 4])
+@pytest.mark.parametrize("together", [True, False])
+def test_every_way_of_hashing_gives_the_same(monkeypatch: pytest.MonkeyPatch, cpus: int, together: bool) -> None:
+    data = hashlib.shake_128(b"layer").digest(3 * BLOCK_BYTES + 5)
+    expected, first = sealed(data, key=layers.KEY, nonce=layers.NONCE)
+    monkeypatch.setattr(layer_cipher, "_cpus", lambda: cpus)
+    if not together:
+        monkeypatch.setattr(type(AES_256_CTR_HMAC_SHA256), "hashes", lambda _suite, _key, _nonce: None)
     ciphertext, made = sealed(data, key=layers.KEY, nonce=layers.NONCE)
     assert ciphertext == expected
+    assert (made.digest, made.public, bytes(memoryview(made.private))) == (
+        first.digest, first.public, bytes(memoryview(first.private))
+    )  # fmt: skip
     assert opened(ciphertext, made) == data
+    for other in (damaged(ciphertext, BLOCK_BYTES + 1), ciphertext[:-1]):
+        with pytest.raises(IntegrityError, match="MAC"):
+            check_layer(io.BytesIO(other), described(other, made.public), made.private)
 
 
 class Dribble(io.RawIOBase):
