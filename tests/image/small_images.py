@@ -15,10 +15,14 @@ def blob(target: BlobTarget, data: bytes, kind: str) -> Descriptor:
     return target.put_blob(Descriptor.of(data, kind), [data])
 
 
+def kind(layer: bytes) -> str:
+    return f"{LAYER}+gzip" if layer.startswith(b"\x1f\x8b") else LAYER
+
+
 def put_image(target: BlobTarget, tag: str | None, *layers: bytes, architecture: str = "amd64") -> Manifest:
     """An image with these layers, in the target under a tag."""
     config = f'{{"architecture":"{architecture}","os":"linux","rootfs":{{"type":"layers","diff_ids":[]}}}}'.encode()
-    manifest = Manifest(blob(target, config, CONFIG_TYPE), tuple(blob(target, one, LAYER) for one in layers))
+    manifest = Manifest(blob(target, config, CONFIG_TYPE), tuple(blob(target, one, kind(one)) for one in layers))
     target.put_manifest(manifest.encode(), manifest.media_type, tag)
     return manifest
 
