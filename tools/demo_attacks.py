@@ -109,16 +109,16 @@ def swap(dram: Path, chance: random.Random) -> int:
 
 
 def tamper_launch(life: Life) -> None:
-    """Another firmware (or what stands for it): the owner's digest does not come out."""
+    """Another kernel, or another agent: the owner's digest does not come out."""
     if life.executor.name == "vm":
-        from csvfast.machine.vm_qemu import find_bios
+        from csvfast.machine.initrd import boot_files
 
-        changed = bytearray(find_bios().read_bytes())
-        changed[len(changed) // 2] ^= 1
-        path = life.work / "firmware.bin"
+        changed = bytearray((boot_files() / "vmlinuz").read_bytes())
+        changed[-len(changed) // 3] ^= 1
+        path = life.work / "kernel"
         path.write_bytes(changed)
-        more: list[str | Path] = ["--set", f"firmware={path}"]
-        tried = "Launched it with a firmware in which one bit is another."
+        more: list[str | Path] = ["--set", f"kernel={path}"]
+        tried = "Launched it with a kernel in which one bit is another."
     else:
         more = ["--env", "LD_PRELOAD=/evil.so"]
         tried = "Launched it with an agent that lets the host preload a library."
@@ -128,7 +128,7 @@ def tamper_launch(life: Life) -> None:
         env=life.environment(),
     )  # fmt: skip
     told(
-        life, "Tampered firmware", tried,
+        life, "Tampered guest", tried,
         f"The launch digest: not one instruction ran. ({time.monotonic() - begin:.1f} s)", last_error(done.stderr),
         done.returncode == 1 and "launch digest" in done.stderr and not done.stdout,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
-from demo_page import PAGE, Page, Picture, Step, entropies, hexdump
+from demo_page import PAGE, Attack, Page, Picture, Step, entropies, hexdump
 from rich.console import Console
 
 from csvfast.image.descriptor import CONFIG_TYPE, MANIFEST_TYPE, Descriptor
@@ -338,6 +338,15 @@ class Life:
             told["text"] = f"first line after {said:.2f} s: {first.strip()}"
             told["seen"] = f"{watch.scans} scans of the DRAM while it ran: the letter found {watch.hits} times\n{watch.sample}"
         self._tell_timings(errors.text())
+        self._tell_evidence()
+        self.page.attacks.append(
+            Attack(
+                "The host reads the DRAM",
+                f"Looked for the letter's words in all of it, {watch.scans} times, while the container ran.",
+                "Every page is SM4-XTS ciphertext under a key that the processor made for this guest.",
+                f"found {watch.hits} times", "SUCCEEDED" if watch.hits else "noise",
+            )
+        )  # fmt: skip
         self.page.pictures.append(
             Picture("What the host sees", "the DRAM, as the container ran: under the guest's SM4 key", watch.bits, watch.sample)
         )
@@ -345,6 +354,15 @@ class Life:
         self.page.pictures.append(
             Picture("What is there", "the letter as the program holds it, 256 pages", entropies(plain), hexdump(plain, rows=8))
         )
+
+    def _tell_evidence(self) -> None:
+        """What the broker wrote down when it let the key go."""
+        command = ("broker", "audit", "show", "--outcome", "allowed", "--config", self.broker, "--json")
+        records = json.loads(self.run(*command).out)
+        records = records["records"] if isinstance(records, dict) else records
+        for name, value in (records[-1] if records else {}).items():
+            if value not in (None, "", [], {}):
+                self.page.facts.append((f"audit: {name}", value if isinstance(value, str) else json.dumps(value)))
 
     def _tell_timings(self, errors: str) -> None:
         for line in errors.splitlines():
@@ -356,7 +374,7 @@ class Life:
             if timings:
                 rows = [(one["step"], one["seconds"]) for one in timings["steps"]]
                 rows += [(f"agent: {one['step']}", one["seconds"]) for one in timings["agent"]]
-                self.page.measurements += [(name, f"{seconds * 1000:.0f} ms") for name, seconds in rows]
+                self.page.timings += [(name, f"{seconds * 1000:.0f} ms") for name, seconds in rows]
 
 
 class Watch:

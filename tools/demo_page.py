@@ -55,7 +55,7 @@ class Picture:
 
 @dataclass
 class Page:
-    """Everything that the report shows; `facts` and `measurements` are rows of name and value."""
+    """Everything that the report shows; `facts`, `measurements` and `timings` are rows of name and value."""
 
     title: str
     subtitle: str
@@ -64,6 +64,7 @@ class Page:
     attacks: list[Attack] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
     measurements: list[tuple[str, str]] = field(default_factory=list)
+    timings: list[tuple[str, str]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     output: str = ""
     footer: str = ""
@@ -102,6 +103,7 @@ def write_page(path: Path, page: Page) -> None:
         _pictures(page.pictures),
         _table("Evidence", page.facts),
         _table("Measurements", page.measurements),
+        _table("Where the time went", page.timings),
     ]
     path.write_text(
         f"<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
@@ -229,7 +231,8 @@ summary{cursor:pointer;color:var(--bar);font-size:.88rem}.axis{position:relative
 .output{background:#10131b;color:#d9f2e6;padding:1rem;border-radius:10px}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));gap:1rem}
 .card{background:var(--card);border:1px solid var(--line);border-top:4px solid var(--good);border-radius:10px;padding:.9rem 1rem}
-.card.bad{border-top-color:var(--bad)}.card p{margin:.3rem 0;font-size:.93rem;color:var(--soft)}.card .by{color:var(--ink)}
+.card.bad{border-top-color:var(--bad)}
+.card p{overflow-wrap:anywhere;margin:.3rem 0;font-size:.93rem;color:var(--soft)}.card .by{color:var(--ink)}
 .badge{float:right;margin-left:.6rem;font-size:.78rem;font-weight:600;color:var(--good)}.bad .badge{color:var(--bad)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1rem}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1rem}
