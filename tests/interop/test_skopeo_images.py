@@ -13,6 +13,7 @@ from broker.services import skopeo
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from image.crypt_images import LAYER, MARK, blob, everything_below, local, make_image, manifest_of
+from interop.test_registries import docker_registry
 
 from csvfast.crypto import Secret
 from csvfast.errors import ImageError
@@ -24,9 +25,11 @@ from csvfast.image.keys import Recipient
 from csvfast.image.layout import OciLayout
 from csvfast.image.providers import GrpcProvider
 from csvfast.image.recipients import add_recipients, rewrap
+from csvfast.image.reference import parse_reference
+from csvfast.image.registry import RegistryClient
 from csvfast.image.suites import SM4_128_CTR_HMAC_SM3
 
-__all__ = ["skopeo"]
+__all__ = ["docker_registry", "skopeo"]
 
 TIMEOUT = 120
 PROVIDER = "attestation-agent"
@@ -61,9 +64,10 @@ class Tool:
         }  # fmt: skip
 
     def copy(self, source: str, target: str, *options: str) -> subprocess.CompletedProcess[str]:
-        places = [f"oci:{self.directory}/{name}" for name in (source, target)]
+        places = [name if "://" in name else f"oci:{self.directory}/{name}" for name in (source, target)]
+        plain = ["--src-tls-verify=false", "--dest-tls-verify=false"]
         return subprocess.run(
-            [*self.command, "copy", "--insecure-policy", *options, *places],
+            [*self.command, "copy", "--insecure-policy", *plain, *options, *places],
             env=self.environment, capture_output=True, text=True, timeout=TIMEOUT, check=False, cwd=self.directory,
         )  # fmt: skip
 
@@ -180,3 +184,30 @@ def test_changed_ciphertext_is_refused_by_both(
     assert tool.decrypt().returncode == 1
     with pytest.raises(ImageError, match="digest"):
         decrypt_image(sealed, OciLayout(tmp_path / "ours", create=True), [provider], tag="x")
+
+
+def test_through_a_real_registry(
+    tool: Tool, clear: OciLayout, provider: GrpcProvider, docker_registry: str, tmp_path: Path
+) -> None:
+    """Both encrypt into docker-registry, and each decrypts what the other one put there."""
+    name = f"docker://{docker_registry}/team/sealed"
+    with RegistryClient(parse_reference(name)) as registry:
+        encrypt_image(clear, registry, [Recipient(provider)], tag="ours")
+        add_recipients(registry, registry, [Recipient(local())], [provider], wanted="ours", tag="two")
+        rewrap(registry, registry, [provider, local()], wanted="two", tag="anew")
+        for tag in ("ours", "anew"):
+            done = tool.decrypt(source=f"{name}:{tag}", target=f"opened-{tag}")
+            assert done.returncode == 0, done.stderr
+            same_image(OciLayout(tmp_path / f"opened-{tag}"), clear)
+        done = tool.copy("clear:clear", f"{name}:theirs", "--encryption-key", f"provider:{PROVIDER}:images")
+        assert done.returncode == 0, done.stderr
+        for tag in ("theirs", "anew"):
+            opened = OciLayout(tmp_path / f"ours-{tag}", create=True)
+            decrypt_image(registry, opened, [provider], wanted=tag, tag="x")
+            same_image(opened, clear)
+        # From one place of the registry into another.
+        with RegistryClient(parse_reference(f"docker://{docker_registry}/team/clear")) as other:
+            decrypt_image(registry, other, [provider], wanted="theirs", tag="x")
+    done = tool.copy(f"docker://{docker_registry}/team/clear:x", "pulled:x")
+    assert done.returncode == 0, done.stderr
+    same_image(OciLayout(tmp_path / "pulled"), clear)
