@@ -196,7 +196,7 @@ class _TogetherHashes:
 
     @classmethod
     def make(cls, suite: Suite, key: Secret, nonce: bytes, expected: Descriptor | None) -> _TogetherHashes | None:
-        if expected is not None and not expected.digest.startswith(_SHA256):
+        if (expected is not None and not expected.digest.startswith(_SHA256)) or (suite.slow_mac and _cpus() > 1):
             return None
         hashes = suite.hashes(key, nonce)
         return None if hashes is None else cls(hashes)
@@ -341,7 +341,8 @@ class LayerCheck:
         self._descriptor = descriptor
         self._key = _layer_key(descriptor, private)
         key, suite = self._key, self._key.suite
-        self._hashes = suite.hashes(key.key, key.nonce) if descriptor.digest.startswith(_SHA256) else None
+        together = descriptor.digest.startswith(_SHA256) and not (suite.slow_mac and _cpus() > 1)
+        self._hashes = suite.hashes(key.key, key.nonce) if together else None
         self._digest = new_hash(descriptor.digest)
         self._mac = suite.mac(key.key, key.nonce)
         self._followers = _Followers(self._digest.update)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from csvfast.errors import ImageError
 
 if TYPE_CHECKING:
+    from csvfast._core import sha256_layer
     from csvfast.crypto import Secret
 
 __all__ = ["AES_256_CTR_HMAC_SHA256", "SM4_128_CTR_HMAC_SM3", "SUITES", "Cipher", "LayerHashes", "Mac", "Suite", "suite_named"]
@@ -48,7 +49,7 @@ class Mac(Protocol):
 
 
 class LayerHashes(Protocol):
-    """A suite's MAC and SHA-256 of the ciphertext, and on demand SHA-256 of the plaintext, in one pass."""
+    """A suite's MAC and SHA-256 of the ciphertext, and on demand SHA-256 of the plaintext."""
 
     def update(self, sealed: memoryview, clear: memoryview | None = None, /) -> None:
         """The next bytes; plaintext in every call or in none."""
@@ -69,11 +70,13 @@ class Suite(Protocol):
     name        as public options have it
     key_bytes   of `symkey`
     mac_bytes   of `hmac`
+    slow_mac    the MAC takes so much longer than everything else that it is worth a thread
     """
 
     name: str
     key_bytes: int
     mac_bytes: int
+    slow_mac: bool
 
     def cipher(self, key: Secret, nonce: bytes) -> Cipher:
         """In: key   of key_bytes, nonce   of 16 bytes."""
@@ -82,7 +85,7 @@ class Suite(Protocol):
         """As cipher."""
 
     def hashes(self, key: Secret, nonce: bytes) -> LayerHashes | None:
-        """MAC and digests at once, which takes less than one after the other; None: not with this suite or on this CPU."""
+        """MAC and digests together, which takes less than one after the other; None: not on this CPU."""
 
 
 class _AesCipher:
@@ -110,10 +113,33 @@ class _Sm4Cipher:
         self._context.encrypt(data, out=out)
 
 
+class _Sm3Hashes:
+    """HMAC-SM3, and both SHA-256 digests in one pass."""
+
+    __slots__ = ("_digests", "_mac")
+
+    def __init__(self, mac: Mac, digests: sha256_layer) -> None:
+        self._mac, self._digests = mac, digests
+
+    def update(self, sealed: memoryview, clear: memoryview | None = None, /) -> None:
+        self._mac.update(sealed)
+        self._digests.update(sealed, clear)
+
+    def digest(self) -> bytes:
+        return self._digests.digest()
+
+    def mac(self) -> bytes:
+        return self._mac.digest()
+
+    def clear_digest(self) -> bytes:
+        return self._digests.clear_digest()
+
+
 class _AesSuite:
     name: str = "AES_256_CTR_HMAC_SHA256"
     key_bytes: int = 32
     mac_bytes: int = 32
+    slow_mac: bool = False
 
     def cipher(self, key: Secret, nonce: bytes) -> Cipher:
         return _AesCipher(key, nonce)
@@ -136,6 +162,7 @@ class _Sm4Suite:
     name: str = "SM4_128_CTR_HMAC_SM3"
     key_bytes: int = 48
     mac_bytes: int = 32
+    slow_mac: bool = True
 
     def cipher(self, key: Secret, nonce: bytes) -> Cipher:
         return _Sm4Cipher(key.part(0, 16), nonce)
@@ -145,8 +172,10 @@ class _Sm4Suite:
 
         return hmac_sm3(key.part(16, 48), nonce)
 
-    def hashes(self, _key: Secret, _nonce: bytes) -> LayerHashes | None:
-        return None
+    def hashes(self, key: Secret, nonce: bytes) -> LayerHashes | None:
+        from csvfast._core import sha256_layer
+
+        return _Sm3Hashes(self.mac(key, nonce), sha256_layer(b"unused")) if sha256_layer.usable() else None
 
 
 AES_256_CTR_HMAC_SHA256: Final[Suite] = _AesSuite()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import stat
@@ -17,6 +18,8 @@ from broker.simulated_guest import SimulatedMachine
 from broker.test_end_to_end import Running
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from image.layers import PRIVATE, PUBLIC, Described, described
 from jwcrypto import jwe, jwk
 
@@ -35,9 +38,10 @@ from csvfast.errors import (
     StateError,
     UnavailableError,
 )
-from csvfast.image.annotations import KEYS, Packet, check_scheme, encrypted_annotations, packets_of
+from csvfast.image.annotations import KEYS, PUBLIC_OPTIONS, Packet, check_scheme, encrypted_annotations, packets_of
 from csvfast.image.jwe_reader import JweKey, open_jwe
 from csvfast.image.keys import Recipient, unwrap_any, wrap_all
+from csvfast.image.options import PrivateOptions, PublicOptions
 from csvfast.image.providers import CommandProvider, GrpcProvider, make_provider, read_configuration
 from csvfast.image.wrappers import KbsKeks, LocalKek, VerdictdDecrypt, VerdictdKeks, parameters_of
 
@@ -222,8 +226,8 @@ def broker(tmp_path: Path) -> Iterator[GrpcBroker]:
 
 def test_a_provider_over_grpc(broker: GrpcBroker) -> None:
     address = broker.serve_keys("unix:run/keys.sock")
-    for given in (address, address.replace("unix:", "unix://")):
-        with GrpcProvider("attestation-agent", given, "images") as provider:
+    for written in (address, address.replace("unix:", "unix://")):
+        with GrpcProvider("attestation-agent", written, "images") as provider:
             packet = provider.wrap(OPTIONS)
             assert str(read_packet(packet).path) == "default/key/images"
             assert read_packet(provider.wrap(OPTIONS, "packet=verdictd::keyid=images")).style == "verdictd"
@@ -450,3 +454,44 @@ def test_annotations_of_packets() -> None:
     for scheme in ("", "provider.", "provider.a b", "provider.a\n", "other", "JWE"):
         with pytest.raises(ImageError, match="expected provider"):
             check_scheme(scheme)
+
+
+# ---- Whatever a registry or a provider says
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["AAAA", "sha256:" + "0" * 64, "A256GCM"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["cipher", "hmac", "symkey", "digest", "cipheroptions", "nonce", "protected", "recipients", "header",
+                         "iv", "tag", "ciphertext", "encrypted_key", "alg", "enc", "epk", "unprotected", "aad"]),
+        inner, max_size=6,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=_JSON)
+def test_strange_documents_are_refused_in_order(
+    rsa_key: rsa.RSAPrivateKey, ec_key: ec.EllipticCurvePrivateKey, value: Any
+) -> None:
+    data = json.dumps(value).encode()
+    for read in (
+        lambda: PublicOptions.parse(data, "layer"),
+        lambda: PrivateOptions.parse(Secret(data), "layer"),
+        lambda: open_jwe(rsa_key, data),
+        lambda: open_jwe(ec_key, data),
+        lambda: LocalKek(Secret(KEK), "images").unwrap(data),
+    ):
+        with contextlib.suppress(CsvfastError):
+            read()
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.text(max_size=12), text=st.text(max_size=40) | st.binary(max_size=30).map(base64.b64encode).map(bytes.decode))
+def test_strange_annotations_are_refused_in_order(name: str, text: str) -> None:
+    for annotation in (f"{KEYS}{name}", f"{KEYS}provider.{name}"):
+        strange: Any = Described("sha256:" + "a" * 64, 20, {annotation: text, PUBLIC_OPTIONS: base64.b64encode(PUBLIC).decode()})
+        with contextlib.suppress(CsvfastError):
+            unwrap_any(strange, [LocalKek(Secret(KEK), "images")])

@@ -127,13 +127,17 @@ def test_every_layer_has_a_key_and_a_nonce_of_its_own() -> None:
 
 @pytest.mark.parametrize("cpus", [1, 4])
 @pytest.mark.parametrize("together", [True, False])
-def test_every_way_of_hashing_gives_the_same(monkeypatch: pytest.MonkeyPatch, cpus: int, together: bool) -> None:
+@BOTH
+def test_every_way_of_hashing_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, together: bool, suite: Suite
+) -> None:
     data = hashlib.shake_128(b"layer").digest(3 * BLOCK_BYTES + 5)
-    expected, first = sealed(data, key=layers.KEY, nonce=layers.NONCE)
+    key = bytes(range(suite.key_bytes))
+    expected, first = sealed(data, suite, key=key, nonce=layers.NONCE)
     monkeypatch.setattr(layer_cipher, "_cpus", lambda: cpus)
     if not together:
-        monkeypatch.setattr(type(AES_256_CTR_HMAC_SHA256), "hashes", lambda _suite, _key, _nonce: None)
-    ciphertext, made = sealed(data, key=layers.KEY, nonce=layers.NONCE)
+        monkeypatch.setattr(type(suite), "hashes", lambda _suite, _key, _nonce: None)
+    ciphertext, made = sealed(data, suite, key=key, nonce=layers.NONCE)
     assert ciphertext == expected
     assert (made.digest, made.public, bytes(memoryview(made.private))) == (
         first.digest, first.public, bytes(memoryview(first.private))
