@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sysconfig
 import time
@@ -164,6 +165,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/cache-model.md", 3, None),
     ("docs/guest.md", 2, prepare_boot_files),
     ("docs/virtual-machines.md", 3, prepare_machine),
+    ("docs/images.md", 7, prepare_image),
     ("docs/image-encryption.md", 8, prepare_image),
     ("docs/containers.md", 10, prepare_container),
 ]
@@ -227,12 +229,18 @@ def serve(line: str, folder: Path, variables: dict[str, str]) -> Any:
     until = time.monotonic() + 60
     sockets = [folder / name for name in re.findall(r"[\w.-]+\.sock\b", line)]
     sockets += [folder / name / "clientapi.sock" for name in re.findall(r"csvfast broker serve (\w+)", line)]
-    assert sockets, line
-    while not all(path.is_socket() for path in sockets):
+    port = re.search(r"--port (\d+)", line)
+    assert sockets or port, line
+    while not (all(path.is_socket() for path in sockets) if port is None else answers(int(port[1]))):
         assert server.poll() is None, line
         assert time.monotonic() < until, line
         time.sleep(0.05)
     return server
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def stop(servers: list[Any]) -> None:

@@ -132,6 +132,15 @@ def test_measure(names: dict[str, Any]) -> None:
     assert len(names["launch"].pieces) > 2
 
 
+def test_images(names: dict[str, Any]) -> None:
+    from image.crypt_images import make_image
+
+    make_image(Path("app"), "1")
+    (block,) = blocks("docs/images.md")
+    exec(runnable(block), names)
+    assert names["reader"].verified
+
+
 def test_image_encryption(names: dict[str, Any]) -> None:
     from image.crypt_images import make_image, manifest_of
 
