@@ -46,19 +46,18 @@ def main(arguments: Sequence[str]) -> int:
         machine = options["executor"] == "vm"
         if machine:
             _leave_initramfs()
-        spawner = None
-        if options["executor"] != "emulator":
-            from csvfast.runtime.agent.spawner import Spawner
+        from csvfast.runtime.agent.spawner import Spawner
 
-            # It removes what the agent leaves behind; in a virtual machine all of that goes with the machine.
-            spawner = Spawner.fork([] if machine else [f"{work}/{name}" for name in ("images", "containers", "volumes")])
+        # It removes what the agent leaves behind; in a virtual machine all of that goes with the machine.
+        spawner = Spawner.fork([] if machine else [f"{work}/{name}" for name in ("images", "containers", "volumes")])
         return _serve(options, work, spawner, begin)
     except Exception as problem:  # the host reads one line
         print(f"agent: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
         return 1
 
 
-def _serve(options: Mapping[str, str], work: Path, spawner: Spawner | None, begin: float) -> int:
+def _serve(options: Mapping[str, str], work: Path, spawner: Spawner, begin: float) -> int:
+    from csvfast.errors import ContainerError
     from csvfast.runtime.agent.attest import CertifiedAttester, guest_attester, platform_attester
     from csvfast.runtime.agent.configuration import AgentConfiguration
     from csvfast.runtime.agent.server import Agent
@@ -80,23 +79,25 @@ def _serve(options: Mapping[str, str], work: Path, spawner: Spawner | None, begi
     signal.signal(signal.SIGTERM, lambda *_: agent.done.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        spawner.watch()
         while not agent.done.wait(0.5) and not connection.is_closed:
-            pass
+            if spawner.lost.is_set() and not agent.closing:
+                raise ContainerError("state", "the process that runs the containers is gone")
         time.sleep(0.05)  # the last reply leaves
     finally:
         agent.close()
+        spawner.close()
         connection.close()
     return 0
 
 
-def _runner(options: Mapping[str, str], work: Path, spawner: Spawner | None) -> Runner:
+def _runner(options: Mapping[str, str], work: Path, spawner: Spawner) -> Runner:
     executor = options["executor"]
     if executor == "emulator":
         from csvfast.runtime.agent.containers_emulator import EmulatorRunner
 
         memory = int(options.get("memory") or options.get("dram-size") or 256 << 20)
         return EmulatorRunner(work, memory, _window(options.get("window", "256K"), memory))
-    assert spawner is not None
     if executor == "native":
         from csvfast.runtime.agent.containers_native import native_runner
 

@@ -69,6 +69,7 @@ class Agent:
         self.configuration, self.runner, self.attester, self.work = configuration, runner, attester, work
         self.policy = configuration.policy
         self.times = times or StepTimes()
+        self.closing = False
         self.done = threading.Event()
         self._connection: Connection | None = None
         self._lock = threading.RLock()
@@ -116,6 +117,7 @@ class Agent:
 
     def close(self) -> None:
         """Every program ends, every file goes. Idempotent."""
+        self.closing = True
         with self._lock:
             containers, self._containers = list(self._containers.values()), {}
         for container in containers:

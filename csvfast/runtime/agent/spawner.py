@@ -90,6 +90,7 @@ class Spawner:
         self._token = 0
         self._processes: dict[int, SpawnedProcess] = {}
         self._reader: threading.Thread | None = None
+        self.lost = threading.Event()  # the spawner is gone
 
     @classmethod
     def fork(cls, clean: Sequence[str] = ()) -> Spawner:
@@ -111,6 +112,13 @@ class Spawner:
                 os._exit(code)
         theirs.close()
         return cls(ours, pid)
+
+    def watch(self) -> None:
+        """Begins to follow what happens in the spawner; the first order does so, too."""
+        with self._lock:
+            if self._reader is None:
+                self._reader = threading.Thread(target=self._read, name="csvfast-spawner", daemon=True)
+                self._reader.start()
 
     def container(
         self, spec: Mapping[str, Any], rootfs: str, standard: Sequence[int], *, volumes: Sequence[tuple[str, str]] = (),
@@ -140,10 +148,8 @@ class Spawner:
         return self._order(order, standard)
 
     def _order(self, order: dict[str, Any], descriptors: Sequence[int], expected: bytes = b"") -> SpawnedProcess:
+        self.watch()
         with self._lock:
-            if self._reader is None:
-                self._reader = threading.Thread(target=self._read, name="csvfast-spawner", daemon=True)
-                self._reader.start()
             self._token += 1
             process = self._processes[self._token] = SpawnedProcess(self._token)
         memory = os.memfd_create("csvfast-order", os.MFD_CLOEXEC)
@@ -191,6 +197,7 @@ class Spawner:
             process._code = 255
             process._answered.set()
             process._ended.set()
+        self.lost.set()
 
     def close(self) -> None:
         """Kills what was forked, and the spawner with it. Idempotent."""
