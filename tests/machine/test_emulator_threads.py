@@ -199,6 +199,61 @@ int main(void) {
     return status;
 }
 """
+OTHERS = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/select.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <sys/timerfd.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+int main(int count, char **words) {
+    int ends[2], timer = timerfd_create(CLOCK_MONOTONIC, 0), file;
+    fd_set set;
+    struct timeval none = {0, 10000};
+    struct itimerspec soon = {{0, 0}, {0, 5000000}};
+    struct rlimit limit;
+    struct stat status;
+    uint64_t fired = 0;
+    char text[4] = "";
+    if (chdir(words[count - 1]) || pipe(ends)) return 1;
+    FD_ZERO(&set);
+    FD_SET(ends[0], &set);
+    printf("%d %d\n", select(ends[0] + 1, &set, 0, 0, &none), FD_ISSET(ends[0], &set));
+    if (write(ends[1], "x", 1) != 1) return 2;
+    FD_SET(ends[0], &set);
+    FD_SET(ends[1], &set);
+    printf("%d\n", select(ends[1] + 1, &set, 0, 0, 0));
+    timerfd_settime(timer, 0, &soon, 0);
+    printf("%zd", read(timer, &fired, 8));
+    printf(" %d\n", (int)fired);
+    limit.rlim_cur = limit.rlim_max = 100;
+    printf("%d", setrlimit(RLIMIT_NOFILE, &limit));
+    limit.rlim_max = 200;
+    getrlimit(RLIMIT_NOFILE, &limit);
+    printf(" %d\n", (int)limit.rlim_max);
+    printf("%d %d\n", mkfifo("pipe", 0600), mkfifo("pipe", 0600));
+    stat("pipe", &status);
+    printf("%d\n", S_ISFIFO(status.st_mode));
+    file = open("file", O_CREAT | O_RDWR, 0644);
+    printf("%d", posix_fallocate(file, 0, 5000));
+    fstat(file, &status);
+    printf(" %d %zd\n", (int)status.st_size, pread(file, text, 3, 4998));
+    struct timeval times[2] = {{1000, 0}, {2000, 500000}};
+    printf("%d", utimes("file", times));
+    stat("file", &status);
+    printf(" %d %d %d\n", (int)status.st_atime, (int)status.st_mtime, (int)(status.st_mtim.tv_nsec / 1000));
+    printf("%d %d\n", sched_getcpu() >= 0, unlink("file") + unlink("pipe"));
+    return 0;
+}
+"""
 
 
 def compiled(place: Path, text: str) -> Path:
@@ -244,3 +299,10 @@ def test_sockets(tmp_path: Path) -> None:
     (tmp_path / "socket").unlink()
     found = emulate(tmp_path, window=128 << 10, network=True)
     assert found == (b"10 back hello\n" + again + b"10 back hello\npair -1\n", 0)
+
+
+def test_small_calls_are_native(tmp_path: Path) -> None:
+    program = compiled(tmp_path, OTHERS)
+    real = subprocess.run([program, tmp_path], capture_output=True, check=False, timeout=60)
+    assert emulate(tmp_path, "/", window=256 << 10) == (real.stdout, real.returncode)
+    assert real.returncode == 0

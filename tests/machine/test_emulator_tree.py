@@ -114,7 +114,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(OPERATIONS, st.integers(0, 25_000), st.integers(0, 25_000))
 def test_parts_are_read_and_written_as_in_a_plain_file(
     tmp_path_factory: pytest.TempPathFactory, operations: list[tuple[str, int, bytes]], start: int, length: int
@@ -145,6 +145,18 @@ def test_parts_are_read_and_written_as_in_a_plain_file(
                     break
         finally:
             os.close(descriptor)
+
+
+def test_what_lay_behind_a_shorter_end_never_comes_back(tmp_path: Path) -> None:
+    with EncryptedTree(tmp_path) as tree:
+        tree.write_bytes("/file", b"\xff" * 20_000)
+        descriptor = os.open(tmp_path / "file", os.O_RDWR)
+        for size in (12_289, 12_287, 8192, 4100, 1):
+            tree.truncate(descriptor, size)
+            assert tree.pread(descriptor, 1 << 20, 0) == b"\xff" * size
+            tree.truncate(descriptor, 20_000)
+            assert tree.pread(descriptor, 1 << 20, 0) == (b"\xff" * size).ljust(20_000, b"\0")
+        os.close(descriptor)
 
 
 def test_a_writer_takes_anything_and_a_taken_name_is_refused(tmp_path: Path) -> None:

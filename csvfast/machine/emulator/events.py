@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from csvfast.machine.emulator.process import Process
 
-__all__ = ["CALLS"]
+__all__ = ["CALLS", "wait_for"]
 
 _CLOEXEC: Final = 0o2000000
 
@@ -53,7 +53,7 @@ def _poll_until(process: Process, address: int, count: int, end: float | None) -
             ready += 1
         elif host is not None:
             hosts[host] = hosts.get(host, 0) | entry[1]
-    found = _wait(process, hosts, time.monotonic() if ready else end, lambda: _poll_until(process, address, count, end))
+    found = wait_for(process, hosts, time.monotonic() if ready else end, lambda: _poll_until(process, address, count, end))
     for entry in entries:
         events = found.get(process.files.open_files.get(entry[0], -1), 0)
         if events & (entry[1] | select.POLLERR | select.POLLHUP | select.POLLNVAL):
@@ -63,7 +63,7 @@ def _poll_until(process: Process, address: int, count: int, end: float | None) -
     return ready
 
 
-def _wait(process: Process, hosts: dict[int, int], end: float | None, again: Callable[[], int]) -> dict[int, int]:
+def wait_for(process: Process, hosts: dict[int, int], end: float | None, again: Callable[[], int]) -> dict[int, int]:
     """What is ready of the host's descriptors; with other threads they run meanwhile."""
     poller = select.poll()
     for host, events in hosts.items():
@@ -109,7 +109,7 @@ def _epoll_until(process: Process, number: int, address: int, count: int, end: f
     if not 0 < count <= 4096:
         raise OSError(errno.EINVAL, "epoll_wait")
     host = process.files.host(number_of(number))
-    _wait(process, {host: select.POLLIN}, end, lambda: _epoll_until(process, number, address, count, end))
+    wait_for(process, {host: select.POLLIN}, end, lambda: _epoll_until(process, number, address, count, end))
     events = ctypes.create_string_buffer(12 * count)
     found = process.waiting(LIBC.epoll_wait, host, events, count, 0)
     process.space.write(address, events.raw[: 12 * found])

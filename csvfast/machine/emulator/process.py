@@ -107,6 +107,7 @@ class Process:
         self.calls = 0
         self._contexts: dict[int, Any] = {}
         self.threads = Threads(self)
+        self.limits: dict[int, tuple[int, int]] = {}  # what the program set
         self._slice, self._blocked = SLICE, Blocked
         self._table = syscalls.TABLE
         self._failure: BaseException | None = None

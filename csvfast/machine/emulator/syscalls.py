@@ -11,6 +11,7 @@ from csvfast.machine.emulator import (
     syscalls_files,
     syscalls_memory,
     syscalls_names,
+    syscalls_other,
     syscalls_process,
     threads,
 )
@@ -29,4 +30,5 @@ TABLE: Final[dict[int, Callable[..., int | None]]] = {
     **threads.CALLS,
     **events.CALLS,
     **sockets.CALLS,
+    **syscalls_other.CALLS,
 }

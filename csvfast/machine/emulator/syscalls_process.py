@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["CALLS"]
 
 _VFORK, _VM, _THREAD, _SETTLS, _CHILD_SETTID, _PARENT_SETTID = 0x4000, 0x100, 0x10000, 0x80000, 0x1000000, 0x100000
-_WORD: Final = (1 << 64) - 1
 
 
 def _exit_group(_process: Process, code: int, *_: int) -> None:
@@ -318,20 +317,6 @@ def _uname(process: Process, address: int, *_: int) -> int:
     return 0
 
 
-def _prlimit(process: Process, _number: int, which: int, new: int, old: int, *_: int) -> int:
-    if new:
-        raise OSError(errno.EPERM, "limits are the machine's")
-    if old:
-        stack = which == resource.RLIMIT_STACK
-        values = (8 << 20, 8 << 20) if stack else (1024, 1024) if which == resource.RLIMIT_NOFILE else (_WORD, _WORD)
-        process.space.write(old, struct.pack("<2Q", *values))
-    return 0
-
-
-def _getrlimit(process: Process, which: int, address: int, *_: int) -> int:
-    return _prlimit(process, 0, which, 0, address)
-
-
 def _sysinfo(process: Process, address: int, *_: int) -> int:
     total = process.frames.count * 4096
     free = total - process.frames.used() * 4096
@@ -360,18 +345,13 @@ def _nothing(_process: Process, *_: int) -> int:
     return 0
 
 
-def _missing(_process: Process, *_: int) -> int:
-    raise OSError(errno.ENOSYS, "not there; the C libraries do without")
-
-
 CALLS: Final[dict[int, Callable[..., Any]]] = {
     13: _sigaction, 14: _sigprocmask, 15: _sigreturn, 34: _pause, 35: _nanosleep, 37: _alarm, 38: _setitimer,
     39: lambda *_: os.getpid(), 56: _clone, 57: _fork, 58: _fork, 59: _execve, 61: _wait4, 62: _kill, 63: _uname,
-    96: _gettimeofday, 97: _getrlimit, 98: _getrusage, 99: _sysinfo, 100: _times, 109: _setpgid,
+    96: _gettimeofday, 98: _getrusage, 99: _sysinfo, 100: _times, 109: _setpgid,
     110: lambda *_: os.getppid(), 111: lambda *_: os.getpgrp(), 112: lambda *_: os.setsid(),
     121: _getpgid, 124: lambda _process, number, *_: os.getsid(number_of(number)), 130: _sigsuspend,
     157: _nothing, 158: _arch_prctl, 200: _tkill, 201: _time, 204: _affinity,
     228: _clock_gettime, 229: _clock_getres, 230: _clock_nanosleep, 231: _exit_group, 234: _tgkill,
-    273: _nothing, 302: _prlimit, 318: _getrandom, 324: _missing, 332: _missing, 334: _missing, 435: _missing,
-    437: _missing, 439: _missing, 326: _missing,
+    273: _nothing, 318: _getrandom,
 }  # fmt: skip

@@ -197,6 +197,9 @@ class EncryptedTree:
                 plain[length % _PAGE :] = bytes(_PAGE - length % _PAGE)
                 self._cipher.encrypt(plain, base + page, out=plain)
                 _write_all(descriptor, plain, _HEADER + page * _PAGE)
+            if length < size and length % _PAGE:  # the filler is a hole, where a page lay before
+                filler = file_size(length) - length % _PAGE
+                _write_all(descriptor, bytes(max(min(length % _PAGE, file_size(size) - filler), 0)), filler)
             os.ftruncate(descriptor, file_size(length))
 
     def _base(self, descriptor: int, *, make: bool = False) -> int:
