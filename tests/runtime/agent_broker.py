@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509 import load_pem_x509_certificate
 from runtime.agent_images import KEK
 
 from csvfast.broker.administration import LOCAL, Administration
@@ -50,6 +54,13 @@ class RunningBroker:
         self._service = Service(config, self.store)
         self._run(self._service.__aenter__())
         self.doors = self._service.addresses
+
+    @property
+    def pin(self) -> str:
+        """SHA-256 of the public key that Verdictd's door shows."""
+        host, port = self.doors["verdictd"].rsplit(":", 1)
+        certificate = load_pem_x509_certificate(ssl.get_server_certificate((host, int(port))).encode())
+        return sha256(certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
     def measured(self, *measures: bytes) -> None:
         self.administration.put_reference(LOCAL, "csv_measure", [measure.hex() for measure in measures], None)

@@ -34,6 +34,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     make_image(layout, program, "clear")
     make_image(layout, program, "user", User="user:user", Entrypoint=["/bin/sh", "-c"], Cmd=["id"])
     make_image(layout, program, "other", architecture="x")
+    make_image(layout, program, "volume", Volumes={"/etc": {}, "/data/new": {}})
     encrypt(layout, "clear", "encrypted")
     with Registry(layout) as registry:
         yield registry
@@ -156,6 +157,15 @@ def test_namespaces_are_its_own(images: Registry, tmp_path: Path) -> None:
         agent.request("StartContainer", container="four")
         assert agent.finish(made["process"])[0] == 127
     assert leftovers(tmp_path / "work") == []
+
+
+def test_volumes_of_the_image(images: Registry, tmp_path: Path) -> None:
+    """They begin with what the image has there."""
+    name = f"127.0.0.1:{images.port}/team/app:volume"
+    with agent_of("namespaces", tmp_path / "work") as agent:
+        agent.request("PullImage", image=name)
+        script = "mount | grep -c -E ' on /(etc|data/new) type'; cat /etc/secret; ls -l /etc/passwd | head -c 10; id -u user"
+        assert agent.run("one", name, process={"args": [*SHELL, script]}) == (0, f"2\n{SECRET_LINE}-rw-r--r--1000\n", "")
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,11 @@ class Place:
     broker: RunningBroker
 
     def configuration(self, door: str, **more: object) -> AgentConfiguration:
-        address = self.broker.doors[door.removesuffix("-decrypt")]
+        address = self.broker.doors[door.partition("-")[0]]
         if door == "kbs":
             broker = {"door": "kbs", "url": f"http://{address}", "unattested": True}
+        elif door == "verdictd-pinned":
+            broker = {"door": "verdictd", "address": address, "pin": self.broker.pin}
         else:
             broker = {"door": "verdictd", "address": address, "unattested": True, "decrypt": door.endswith("decrypt")}
         policy = AgentPolicy.for_one_image("127.0.0.1:*")
@@ -85,6 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     ("door", "tag", "keys"),
     [
         ("verdictd", "1", {}),
+        ("verdictd-pinned", "1", {}),
         ("verdictd-decrypt", "verdictd", {}),
         ("kbs", "1", {}),
         ("kbs", "moved", {"old/key/name": "default/key/images"}),

@@ -53,6 +53,7 @@ def run(spec: Mapping[str, Any], rootfs: str, volumes: Sequence[tuple[str, str]]
         volumes  (directory here, path in the container): shared with other containers
     """
     last = _last_capability()
+    system.not_dumpable()
     _namespaces(spec)
     if hostname := spec.get("hostname"):
         _sethostname(hostname)
@@ -86,6 +87,7 @@ def execute(process: Mapping[str, Any], pidfd: int) -> None:
     In: process  as the specification's   pidfd   of the container's first program
     """
     last = _last_capability()
+    system.not_dumpable()  # before the container can see this process, whose program is the agent's
     system.setns(pidfd, sum(flag for name, flag in FLAGS.items() if name != "pid"))
     os.close(pidfd)
     _become(process, last)
@@ -155,11 +157,42 @@ def _mount(entry: Mapping[str, Any]) -> None:
     elif kind not in _KINDS:
         raise OSError(errno.EINVAL, f"mount of type {str(kind)[:20]!r} is not made here", target)
     Path(target).mkdir(0o755, parents=True, exist_ok=True)
+    if "tmpcopyup" in data:
+        data.remove("tmpcopyup")
+        tree = system.open_tree(target)
+        system.mount(kind, target, kind, flags & ~system.MS_RDONLY, ",".join(data) or None)
+        _copy(f"/proc/self/fd/{tree}", target)
+        os.close(tree)
+        return
     try:
         system.mount(entry.get("source", kind), target, kind, flags, ",".join(data) or None)
     except OSError:
         if kind not in ("cgroup2", "mqueue"):  # kernels without them
             raise
+
+
+def _copy(source: str, target: str) -> None:
+    """What lies in a directory, with owners and modes; links and files, no devices."""
+    for name in os.listdir(source):  # noqa: PTH208 names alone
+        here, there = f"{source}/{name}", f"{target}/{name}"
+        status = os.lstat(here)
+        if stat.S_ISLNK(status.st_mode):
+            Path(there).symlink_to(Path(here).readlink())
+        elif stat.S_ISDIR(status.st_mode):
+            Path(there).mkdir()
+            _copy(here, there)
+        elif stat.S_ISREG(status.st_mode):
+            with Path(here).open("rb") as old, Path(there).open("xb") as new:
+                while chunk := old.read(1 << 20):
+                    new.write(chunk)
+        else:
+            continue
+        os.lchown(there, status.st_uid, status.st_gid)
+        if not stat.S_ISLNK(status.st_mode):
+            Path(there).chmod(stat.S_IMODE(status.st_mode))
+    status = Path(source).stat()
+    os.chown(target, status.st_uid, status.st_gid)
+    Path(target).chmod(stat.S_IMODE(status.st_mode))
 
 
 def _devices() -> None:

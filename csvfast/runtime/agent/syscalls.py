@@ -15,7 +15,8 @@ from typing import Final
 __all__ = [
     "CLONE_NEWCGROUP", "CLONE_NEWIPC", "CLONE_NEWNET", "CLONE_NEWNS", "CLONE_NEWPID", "CLONE_NEWUTS", "MNT_DETACH", "MS_BIND",
     "MS_NODEV", "MS_NOEXEC", "MS_NOSUID", "MS_PRIVATE", "MS_RDONLY", "MS_REC", "MS_REMOUNT", "die_with_parent", "drop_bounding",
-    "mount", "move_tree", "no_new_privileges", "open_tree", "pivot_root", "raise_ambient", "set_capabilities", "set_keep",
+    "mount", "move_tree", "no_new_privileges", "not_dumpable", "open_tree",
+    "pivot_root", "raise_ambient", "set_capabilities", "set_keep",
     "set_subreaper", "setns", "umount", "unshare",
 ]  # fmt: skip
 
@@ -114,6 +115,11 @@ def set_subreaper() -> None:
 def no_new_privileges() -> None:
     """From here on no program gains privileges by being executed."""
     _prctl(_NO_NEW_PRIVS, 1, what="no_new_privs")
+
+
+def not_dumpable() -> None:
+    """Nobody without CAP_SYS_PTRACE looks into this process, until it executes a program."""
+    _prctl(4, 0, what="dumpable")
 
 
 def set_keep() -> None:
