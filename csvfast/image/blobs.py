@@ -10,7 +10,7 @@ Thread-safety: readers belong to one thread at a time; sources and targets say w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from csvfast.errors import ImageError
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["CHUNK_BYTES", "BlobReader", "BlobSource", "BlobTarget", "VerifiedReader", "read_blob", "resolve_manifest"]
+__all__ = [
+    "CHUNK_BYTES",
+    "BlobReader",
+    "BlobSource",
+    "BlobTarget",
+    "ChunkHash",
+    "HashedChunks",
+    "VerifiedReader",
+    "chunk_hash",
+    "read_blob",
+    "resolve_manifest",
+]
 
 CHUNK_BYTES: Final = 1 << 20
 """What is read at a time where the caller does not say."""
@@ -78,6 +89,39 @@ class BlobTarget(Protocol):
 
     def close(self) -> None:
         """May be called twice."""
+
+
+class HashedChunks:
+    """Chunks of a blob whose SHA-256 is computed where they are made: put_blob need not do it again.
+
+    In: chunks      the bytes
+        hexdigest   their SHA-256, to be called when all of them have been taken
+    """
+
+    def __init__(self, chunks: Iterable[Buffer], hexdigest: Callable[[], str]) -> None:
+        self._chunks = chunks
+        self.hexdigest: Final = hexdigest
+
+    def __iter__(self) -> Iterator[Buffer]:
+        return iter(self._chunks)
+
+    def update(self, _data: Buffer) -> None:
+        """Nothing: see chunk_hash."""
+
+
+class ChunkHash(Protocol):
+    """What put_blob needs of a hash."""
+
+    def update(self, data: Buffer, /) -> None:
+        """The next chunk."""
+
+    def hexdigest(self) -> str:
+        """Of all chunks."""
+
+
+def chunk_hash(chunks: Iterable[Buffer], digest: str) -> ChunkHash:
+    """What put_blob hashes chunks with. In: digest   one of the algorithm that is wanted, or "sha256:"."""
+    return chunks if isinstance(chunks, HashedChunks) and digest.startswith("sha256:") else new_hash(digest)
 
 
 class VerifiedReader:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from csvfast.errors import ImageError
 from csvfast.image.annotations import clear_annotations, subject_of
+from csvfast.image.blobs import HashedChunks
 from csvfast.image.descriptor import clear_type
 from csvfast.image.keys import unwrap_any
 from csvfast.image.layer_cipher import BLOCK_BYTES, LayerCheck, open_layer
@@ -109,7 +110,8 @@ def _decrypted(target: BlobTarget, layer: Descriptor, checked: _Checked, progres
             progress(clear.size)
         return clear
     with open_layer(checked.file, layer, checked.private) as reader:
-        target.put_blob(clear, counted(_blocks(reader), progress))
+        blocks = counted(_blocks(reader), progress)
+        target.put_blob(clear, HashedChunks(blocks, lambda: clear.digest.partition(":")[2] if reader.verified else ""))
     return clear
 
 

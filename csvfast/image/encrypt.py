@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from csvfast.errors import ImageError, IntegrityError
 from csvfast.image.annotations import encrypted_annotations, subject_of
+from csvfast.image.blobs import HashedChunks
 from csvfast.image.descriptor import encrypted_type
 from csvfast.image.keys import wrap_all
 from csvfast.image.layer_cipher import LayerEncryption
@@ -86,12 +87,12 @@ def _encrypted(
     progress: Progress | None,
 ) -> Descriptor:
     with closing(source.open_blob(layer)) as reader:
-        # The target hashes what it takes: once is enough.
-        encryption = LayerEncryption(reader, suite=suite, expected=layer, digest=False)
+        encryption = LayerEncryption(reader, suite=suite, expected=layer)
         packets = wrap_all(encryption.private, recipients, subject_of(layer))  # first: it fails sooner than the rest
-        stored = target.put_blob(None, counted(encryption, progress))
+        blocks = HashedChunks(counted(encryption, progress), lambda: encryption.result.digest.partition(":")[2])
+        stored = target.put_blob(None, blocks)
     made = encryption.result
-    if stored.size != made.size or (made.digest and stored.digest != made.digest):
+    if (stored.size, stored.digest) != (made.size, made.digest):
         raise IntegrityError(subject_of(layer), f"{stored.size} bytes, {stored.digest}, were stored; expected {made.size}")
     return layer.replace(
         media_type=encrypted_type(layer.media_type),

@@ -81,7 +81,7 @@ class Writer(Protocol):
 class EncryptedLayer(NamedTuple):
     """What became of a layer.
 
-    size, digest   of the ciphertext, "sha256:..."; the digest is "" when it was not asked for
+    size, digest   of the ciphertext, "sha256:..."
     public         options in JSON, for the annotation
     private        options in JSON, to be wrapped for each recipient
     plain_digest   of the layer before encryption; `private` holds it, too
@@ -155,10 +155,10 @@ def _wipe(buffer: bytearray) -> None:
 class _SeparateHashes:
     """Three objects, each in a thread of its own."""
 
-    def __init__(self, mac: Mac, clear: Any, digest: bool) -> None:
-        self._mac, self._clear, self._sealed = mac, clear, new_hash(_SHA256) if digest else None
+    def __init__(self, mac: Mac, clear: Any) -> None:
+        self._mac, self._clear, self._sealed = mac, clear, new_hash(_SHA256)
         self._before = _Followers(clear.update)
-        self._after = _Followers(mac.update, *(() if self._sealed is None else (self._sealed.update,)))
+        self._after = _Followers(mac.update, self._sealed.update)
 
     def before(self, clear: memoryview) -> None:
         """Plaintext, before it is encrypted. Both buffers must stay as they are until the next call of the same name."""
@@ -185,7 +185,7 @@ class _SeparateHashes:
         return str(self._clear.hexdigest())
 
     def sealed(self) -> str:
-        return "" if self._sealed is None else self._sealed.hexdigest()
+        return self._sealed.hexdigest()
 
 
 class _TogetherHashes:
@@ -230,7 +230,6 @@ class LayerEncryption:
         suite      algorithms
         expected   what the layer must be: its size and digest are compared, and the digest goes into the private options.
                    None: whatever comes, with its SHA-256
-        digest     False: the ciphertext's digest may be missing, because whoever takes the blocks computes it
     A block is valid until the next one is asked for. IntegrityError at the end: the layer is not `expected`.
     """
 
@@ -240,7 +239,6 @@ class LayerEncryption:
         *,
         suite: Suite = AES_256_CTR_HMAC_SHA256,
         expected: Descriptor | None = None,
-        digest: bool = True,
         _key: Secret | None = None,
         _nonce: bytes | None = None,
     ) -> None:
@@ -251,7 +249,7 @@ class LayerEncryption:
         self._nonce = os.urandom(NONCE_BYTES) if _nonce is None else _nonce
         self._cipher = suite.cipher(self._key, self._nonce)
         self._hashes = _TogetherHashes.make(suite, self._key, self._nonce, expected) or _SeparateHashes(
-            suite.mac(self._key, self._nonce), new_hash(_SHA256 if expected is None else expected.digest), digest
+            suite.mac(self._key, self._nonce), new_hash(_SHA256 if expected is None else expected.digest)
         )
         self._blocks = self._run()
         self._result: EncryptedLayer | None = None
@@ -307,8 +305,7 @@ class LayerEncryption:
             raise IntegrityError(subject, f"{size} bytes with the digest {digest}; expected {self._expected.size} bytes")
         public = PublicOptions(self._suite, self._hashes.mac())
         private = PrivateOptions(self._key, digest, {"nonce": self._nonce})
-        sealed = self._hashes.sealed()
-        self._result = EncryptedLayer(size, sealed and _SHA256 + sealed, public.encode(), private.encode(), digest)
+        self._result = EncryptedLayer(size, _SHA256 + self._hashes.sealed(), public.encode(), private.encode(), digest)
 
 
 def encrypt_layer(

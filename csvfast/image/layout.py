@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from csvfast.errors import ImageError
-from csvfast.image.blobs import read_blob
-from csvfast.image.descriptor import Descriptor, checked_digest, is_digest, is_index, is_manifest, new_hash
+from csvfast.image.blobs import chunk_hash, read_blob
+from csvfast.image.descriptor import Descriptor, checked_digest, is_digest, is_index, is_manifest
 from csvfast.image.manifest import MANIFEST_LIMIT, Index, media_type_of
 from csvfast.image.new_file import new_file
 
@@ -119,7 +119,7 @@ class OciLayout:
         directory = self.path / "blobs" / algorithm
         directory.mkdir(parents=True, exist_ok=True)
         with new_file(directory) as new:
-            check, size = new_hash(f"{algorithm}:"), 0
+            check, size = chunk_hash(chunks, f"{algorithm}:"), 0
             for chunk in chunks:
                 view = memoryview(chunk).cast("B")
                 size += len(view)

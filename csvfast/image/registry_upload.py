@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from csvfast.errors import ImageError, RegistryError
-from csvfast.image.descriptor import Descriptor, new_hash
+from csvfast.image.blobs import chunk_hash
+from csvfast.image.descriptor import Descriptor
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -31,7 +32,7 @@ def upload(client: RegistryClient, descriptor: Descriptor | None, chunks: Iterab
     """See BlobTarget.put_blob. RegistryError."""
     subject = "blob" if descriptor is None else f"blob {descriptor.digest}"
     algorithm = "sha256" if descriptor is None else descriptor.digest.partition(":")[0]
-    check, size = new_hash(f"{algorithm}:"), 0
+    check, size = chunk_hash(chunks, f"{algorithm}:"), 0
     going = _Upload(client, subject)
     try:
         piece = bytearray()

@@ -14,7 +14,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from csvfast.errors import ImageError
-from csvfast.image.blobs import VerifiedReader, read_blob
+from csvfast.image.blobs import HashedChunks, VerifiedReader, read_blob
 from csvfast.image.descriptor import INDEX_TYPE, MANIFEST_TYPE, Descriptor, is_index, is_manifest, oci_type
 from csvfast.image.manifest import MANIFEST_LIMIT, Index, Manifest, choose
 
@@ -109,7 +109,9 @@ def copy_blob(source: BlobSource, target: BlobTarget, descriptor: Descriptor, pr
             progress(descriptor.size)
     else:
         with closing(VerifiedReader(source.open_blob(descriptor), descriptor)) as reader:
-            target.put_blob(descriptor, counted(reader, progress))
+            blocks = counted(reader, progress)
+            # What the reader has not found right it does not end.
+            target.put_blob(descriptor, HashedChunks(blocks, lambda: descriptor.digest.partition(":")[2]))
     return descriptor.replace(media_type=oci_type(descriptor.media_type))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from csvfast.broker.keyprovider.messages import read_packet
 from csvfast.crypto import Secret
 from csvfast.errors import ImageError, IntegrityError
 from csvfast.image.annotations import KEYS, PUBLIC_OPTIONS, packets_of
+from csvfast.image.blobs import HashedChunks
 from csvfast.image.decrypt import decrypt_image
-from csvfast.image.descriptor import CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, Platform
+from csvfast.image.descriptor import CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, Descriptor, Platform
 from csvfast.image.encrypt import encrypt_image
 from csvfast.image.keys import Recipient, unwrap_any
 from csvfast.image.layout import OciLayout
@@ -325,6 +327,20 @@ def test_the_extension_is_named(clear: OciLayout, target: OciLayout) -> None:
 def _rename(layer: dict[str, Any]) -> None:
     public = json.loads(base64.b64decode(layer["annotations"][PUBLIC_OPTIONS])) | {"cipher": "AES_256_CTR_HMAC_SHA256"}
     layer["annotations"][PUBLIC_OPTIONS] = base64.b64encode(json.dumps(public).encode()).decode()
+
+
+def test_chunks_that_bring_their_digest(target: OciLayout) -> None:
+    """put_blob takes it instead of hashing again, and still compares it with what was promised."""
+    data = b"a layer"
+    promised = Descriptor.of(data, LAYER)
+    assert target.put_blob(None, HashedChunks([data[:3], data[3:]], lambda: promised.digest.partition(":")[2])).same_blob(promised)
+    with pytest.raises(ImageError, match="digest"):
+        target.put_blob(Descriptor.of(b"other!!", LAYER), HashedChunks([data], lambda: promised.digest.partition(":")[2]))
+    with pytest.raises(ImageError, match="bytes"):
+        target.put_blob(promised, HashedChunks([data[:3]], lambda: promised.digest.partition(":")[2]))
+    # Of another algorithm: computed, whatever they bring.
+    longer = Descriptor(LAYER, f"sha512:{hashlib.sha512(data).hexdigest()}", len(data))
+    target.put_blob(longer, HashedChunks([data], lambda: "0" * 128))
 
 
 def test_manifests_that_are_none(target: OciLayout) -> None:
