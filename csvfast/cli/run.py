@@ -48,7 +48,9 @@ def run(
         list[str] | None,
         typer.Option("--registry-plain-http", metavar="HOST", help="A registry without TLS, repeatable; loopback always may."),
     ] = None,
-    pull: Annotated[str, typer.Option(metavar="WHEN", help="missing, always, never: when the cache is filled anew.")] = "missing",
+    pull: Annotated[
+        str, typer.Option(metavar="WHEN", help="missing; always: no registry is an error; never: from the cache alone.")
+    ] = "missing",
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Of encrypted images. Default: the user's own.")] = None,
     direct: Annotated[
         bool, typer.Option("--direct", help="The agent fetches from the registry itself; nothing is cached here.")

@@ -119,20 +119,21 @@ def _cached(reference: Reference, options: RunOptions) -> tuple[OciLayout, str |
     place = cache_directory(options) / (reference.host or "") / reference.name
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     layout, wanted = OciLayout(place, create=True), reference.wanted or "latest"
-    if options.pull != "always" and _is_complete(layout, wanted):
-        return layout, wanted, True
-    if options.pull == "never":
+    complete = _is_complete(layout, wanted)
+    if options.pull == "never" and not complete:
         raise ContainerError("image", f"{reference} is not in {place}, and nothing may be fetched")
+    if options.pull == "never" or (complete and is_digest(wanted)):
+        return layout, wanted, True
     source = _open(reference, options)
     try:
-        _copy(source, layout, wanted)
+        return layout, wanted, not _copy(source, layout, wanted)
     except RegistryError:
         # A registry that is away does not stop what is here; the agent verifies it, however old it is.
-        if options.pull == "always" or not _is_complete(layout, wanted):
+        if options.pull == "always" or not complete:
             raise
+        return layout, wanted, True
     finally:
         source.close()
-    return layout, wanted, False
 
 
 def _is_complete(layout: OciLayout, wanted: str) -> bool:
@@ -143,14 +144,19 @@ def _is_complete(layout: OciLayout, wanted: str) -> bool:
     return all(layout.has_blob(blob) for blob in (manifest.config, *manifest.layers))
 
 
-def _copy(source: BlobSource, layout: OciLayout, wanted: str) -> None:
-    """Manifest and blobs as they are, of this machine's platform: blobs first, verified, the tag at last."""
+def _copy(source: BlobSource, layout: OciLayout, wanted: str) -> int:
+    """Manifest and blobs as they are, of this machine's platform: blobs first, verified, the tag at last.
+
+    Out: how many blobs were missing.
+    """
     from csvfast.image.transform import copy_blob
 
     descriptor, data, manifest = _resolve(source, wanted)
-    for blob in (manifest.config, *manifest.layers):
+    missing = [blob for blob in (manifest.config, *manifest.layers) if not layout.has_blob(blob)]
+    for blob in missing:
         copy_blob(source, layout, blob)
     layout.put_manifest(data, descriptor.media_type, None if is_digest(wanted) else wanted)
+    return len(missing)
 
 
 def _resolve(source: BlobSource, wanted: str | None) -> tuple[Descriptor, bytes, Manifest]:

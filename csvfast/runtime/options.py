@@ -55,7 +55,9 @@ class RunOptions:
     configuration  file with the agent's configuration, taken as it is; "" = made from the other options
     policy         file with the agent's policy for the configuration that is made; "" = this image with what is asked for here
     plain_http     hosts (patterns) of registries that are asked without TLS
-    pull           "missing", "always", "never": when the cache's image is fetched anew. cache: directory; "" = the user's own
+    pull           "missing": what the cache lacks of the registry's image is fetched, and a registry that is away is no error
+                   when the cache has an image of that tag; "always": it is one; "never": nobody is asked
+    cache          directory; "" = the user's own
     direct         True: the agent asks the registry itself, nothing is cached
     chip, dram, memory, window, expected   as SandboxPlan; expected in hexadecimal
     settings       of one executor

@@ -163,6 +163,9 @@ listen = "127.0.0.1:0"
 [kbs]
 listen = "127.0.0.1:0"
 insecure_http = true
+[keyprovider]
+listen = "127.0.0.1:0"
+local_trust = true
 """
 
 
