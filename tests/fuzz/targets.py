@@ -40,6 +40,7 @@ from fuzz.keyprovider_targets import KeyProviderTarget, KeyringTarget, PacketTar
 from fuzz.mailbox_targets import MailboxCsv3Target, MailboxTarget
 from fuzz.policy_targets import ReferenceMessageTarget, RulesTarget
 from fuzz.ratstls_targets import RatsTlsCertificateTarget, RatsTlsClaimsTarget, RatsTlsEvidenceTarget
+from fuzz.registry_targets import ManifestTarget, NamesTarget, RegistryTarget
 from fuzz.target import CHIP, LINE, MIB, Target, platform
 from fuzz.verdictd_targets import VerdictdReplyTarget, VerdictdRequestTarget
 
@@ -373,4 +374,7 @@ TARGETS: dict[str, type[Target]] = {
     "image-layer": LayerTarget,
     "image-configuration": ConfigurationTarget,
     "image-users": UsersTarget,
+    "image-manifest": ManifestTarget,
+    "image-names": NamesTarget,
+    "image-registry": RegistryTarget,
 }
