@@ -152,6 +152,14 @@ def prepare_container(folder: Path) -> None:
     make_clear(folder / "app", "1", command=("/bin/program", "env"))
 
 
+def prepare_unpacking(folder: Path) -> None:
+    """A layout with an image that can be run."""
+    from image.archives import entry, tar, write_layout
+
+    layers = [tar(entry("bin/sh", b"#!", mode=0o755), entry("etc/motd", bytes(5000))), tar(entry("etc/motd", b"hello"))]
+    write_layout(folder / "app", layers, tag="1", Cmd=["/bin/sh"])
+
+
 PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("README.md", 18, evidence),
     ("docs/measure.md", 10, None),
@@ -168,6 +176,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/images.md", 7, prepare_image),
     ("docs/image-encryption.md", 8, prepare_image),
     ("docs/containers.md", 10, prepare_container),
+    ("docs/unpacking.md", 5, prepare_unpacking),
 ]
 
 

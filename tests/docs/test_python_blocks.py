@@ -152,3 +152,18 @@ def test_image_encryption(names: dict[str, Any]) -> None:
     (block,) = blocks("docs/image-encryption.md")
     exec(runnable(block), names)
     assert manifest_of(OciLayout("sealed"), "clear") == manifest_of(OciLayout("app"), "1")
+
+
+def test_unpacking(names: dict[str, Any]) -> None:
+    from image.archives import entry, tar, write_layout
+
+    from csvfast.cli import main
+
+    layers = [tar(entry("bin/sh", b"#!", mode=0o755)), tar(entry("etc/motd", b"hello"))]
+    write_layout(Path("app"), layers, tag="1", Cmd=["/bin/sh"])
+    assert main(["image", "new-key", "images.key"]) == 0
+    assert main(["image", "encrypt", "oci:app:1", "oci:sealed:1", "--to", "kek:images.key"]) == 0
+    (block,) = blocks("docs/unpacking.md")
+    exec(runnable(block), names)
+    assert Path("root/etc/motd").read_bytes() == b"hello"
+    assert names["image"].encrypted == (True, True)
