@@ -243,24 +243,23 @@ class RegistryClient:
                     raise self.unreachable(error) from None
                 self.pause(attempt, error)
                 continue
-            if answer.status not in _AGAIN or not repeatable or attempt == self.retries:
-                return answer
             after = answer.header("Retry-After") or ""
+            seconds = int(after) if re.fullmatch("[0-9]{1,6}", after) else 0
+            if answer.status not in _AGAIN or not repeatable or attempt == self.retries or seconds > _LONGEST_PAUSE:
+                return answer
             answer.close()
-            seconds = int(after) if re.fullmatch("[0-9]{1,6}", after) else None
             self.pause(attempt, TimeoutError(f"status {answer.status}"), seconds)
         raise AssertionError  # pause() has raised
 
-    def pause(self, attempt: int, error: Exception, seconds: float | None = None) -> None:
-        """Waits before the next attempt. RegistryError: there is none, it would be too long, or trying again is no use.
+    def pause(self, attempt: int, error: Exception, least: float = 0.0) -> None:
+        """Waits before the next attempt. RegistryError: there is none, or trying again is no use.
 
         In: attempt   of `retries`, the first is 0
-            seconds   what the registry asks for
+            least     seconds that the registry asks for
         """
-        wait = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) if seconds is None else seconds
-        if attempt >= self.retries or wait > _LONGEST_PAUSE or isinstance(error, ssl.SSLCertVerificationError):
+        if attempt >= self.retries or isinstance(error, ssl.SSLCertVerificationError):
             raise self.unreachable(error) from None
-        time.sleep(wait)
+        time.sleep(max(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE), least))
 
     def unreachable(self, error: Exception) -> RegistryError:
         """The error without an answer's status."""
@@ -343,8 +342,10 @@ class RegistryBlob:
 
     def read(self, size: int = PROGRESS_BYTES, /) -> bytes:
         """See BlobReader."""
-        buffer = bytearray(min(size if size >= 0 else PROGRESS_BYTES, self._descriptor.size - self._at) or 1)
-        count = self.readinto(buffer)
+        # At the end, one byte is asked for, so that a surplus is seen.
+        wanted = min(size, self._descriptor.size - self._at or 1) if size >= 0 else PROGRESS_BYTES
+        buffer = bytearray(wanted)
+        count = self.readinto(buffer) if buffer else 0
         return bytes(memoryview(buffer)[:count])
 
     def readinto(self, buffer: Buffer, /) -> int:

@@ -7,6 +7,8 @@ import json
 import re
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from typing import Any
@@ -123,6 +125,9 @@ def test_blob(chunked: bool) -> None:
     with ScriptedServer(script) as server, client(server) as registry:
         for _ in range(2):
             assert read_blob(registry, BLOB, 1 << 20) == DATA
+        with registry.open_blob(BLOB) as raw:
+            assert raw.read(0) == b""
+            assert b"".join(iter(raw.read, b"")) == DATA
         with VerifiedReader(registry.open_blob(BLOB), BLOB) as reader:
             reader.read(10)
         with registry.open_blob(BLOB, len(DATA)) as end:
@@ -533,3 +538,29 @@ def test_pages_of_tags() -> None:
         last = 1000
         with pytest.raises(RegistryError, match="more than 100 pages"):
             registry.tags()
+
+
+def test_what_a_guest_needs() -> None:
+    """Everything that reads images works with the standard library and the core dependencies that a guest has."""
+    absent = ("numpy", "typer", "rich", "starlette", "uvicorn", "grpc", "sqlalchemy", "joserfc", "rfc8785")
+    program = f"""
+import sys
+for name in {absent}:
+    sys.modules[name] = None
+from csvfast.image import blobs, copy, layout, registry
+from csvfast.image.reference import parse_reference
+with registry.open_source(parse_reference("docker://127.0.0.1:1/a"), retries=0) as source:
+    try:
+        blobs.resolve_manifest(source, "1")
+    except registry.RegistryError as error:
+        print(error)
+from csvfast.image.manifest import Manifest
+try:
+    Manifest.parse(b"{{}}")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        "127.0.0.1:1/a: 127.0.0.1:1: Connection refused", "manifest: schemaVersion None; expected 2",
+    ]  # fmt: skip
