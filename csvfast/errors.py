@@ -39,6 +39,10 @@ written to the caller's buffers or to memory, unless the class says otherwise.
     │   ├── StaleGenerationError               decided on the grounds of policies or keys that have changed since
     │   ├── ConflictError                      what is asked for contradicts what is there
     │   └── UnknownError (LookupError)         administration: there is no such thing
+    ├── ImageError (ValueError)                a container image, a layer or an archive is not acceptable
+    │   ├── RegistryError                      a registry refused, or could not be reached
+    │   └── IntegrityError (AuthenticationError)  a blob is not what its digest, MAC or size say
+    ├── ContainerError                         a container cannot be created, or cannot go on: of which kind
     ├── StateError                             a directory of chip, platform or broker state is damaged, in use or not private
     ├── MissingExtraError (ImportError)        an optional package is needed: the pip command to type
     ├── PageFaultError (LookupError)           a guest's page tables refuse an access: stage and level
