@@ -338,7 +338,9 @@ class Transport:
                 break
             with suppress(http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError):
                 return self._exchange(connection, request, subject)
-        tls = (self._tls or _default_tls()) if request.url.scheme == "https" else None
+        if request.url.scheme == "https" and self._tls is None:
+            self._tls = _default_tls()  # only then: reading all of the system's CAs takes a while
+        tls = self._tls if request.url.scheme == "https" else None
         return self._exchange(_Connection(request.url, tls, self._timeout), request, subject)
 
     def _exchange(self, connection: _Connection, request: _Request, subject: str) -> Answer:

@@ -6,7 +6,10 @@ import base64
 import hashlib
 import http.client
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -372,3 +375,30 @@ def test_start_and_stop(tmp_path: Path) -> None:
     with suppress(OSError), EmbeddedRegistry(tmp_path, "::1") as six, client(six) as remote:  # a machine may have no IPv6
         assert six.address.startswith("[::1]:")
         remote.ping()
+
+
+def test_killed_while_it_is_sent_something(tmp_path: Path) -> None:
+    """kill -9 leaves no half blob, and the next one serves what was complete. SIGTERM ends it in order."""
+    command = [sys.executable, "-m", "csvfast", "image", "serve", str(tmp_path / "layout"), "--port", "0", "--json"]
+    for last in (False, True):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            shown = json.loads("".join(iter(server.stdout.readline, "}\n")) + "}")
+            with RegistryClient(parse_reference(f"docker://{shown['address']}/app"), timeout=10) as remote:
+                if last:
+                    assert read_blob(remote, BLOB, 1 << 30) == DATA
+                    server.terminate()
+                else:
+                    remote.put_blob(BLOB, [DATA])
+                    host, _, port = shown["address"].partition(":")
+                    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+                    connection.request("POST", "/v2/app/blobs/uploads/", b"")
+                    place = connection.getresponse().headers["Location"]
+                    connection.putrequest("PATCH", place)
+                    connection.putheader("Content-Length", str(8 << 20))
+                    connection.endheaders(bytes(4 << 20))
+                    server.kill()
+                    connection.close()
+        assert server.returncode == (0 if last else -signal.SIGKILL)
+    there = [path.relative_to(tmp_path / "layout") for path in (tmp_path / "layout").rglob("*") if path.is_file()]
+    assert sorted(map(str, there)) == [f"blobs/sha256/{BLOB.digest[7:]}", "index.json", "oci-layout"]
