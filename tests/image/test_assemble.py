@@ -435,3 +435,37 @@ def test_memory_does_not_grow_with_the_image(tmp_path: Path, place: Path) -> Non
 def test_media_types_decide_about_compression(image: Image) -> None:
     assert {compression_of(layer["mediaType"]) for layer in image.layers} == {"gzip"}
     assert issubclass(IntegrityError, ImageError)
+
+
+TIGHT = """
+import os, subprocess, sys
+from pathlib import Path
+from csvfast.crypto import Secret
+from csvfast.image.assemble import assemble_image
+from csvfast.image.layout import OciLayout
+layout, place, private, size = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
+assemble_image(
+    OciLayout(layout), "one", Path(place, "root"), unwrap=lambda layer: Secret(Path(private, layer.digest[7:]).read_bytes())
+)
+print(sum(path.stat().st_size for path in Path(place, "root").iterdir()))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the system does not let this user mount a file system")
+def test_a_tmpfs_needs_little_more_than_the_files(tmp_path: Path, place: Path) -> None:
+    """Ciphertext and files are in the same memory: what has been read of the one makes room for the other."""
+    private = tmp_path / "private"
+    private.mkdir()
+    image = Image(tmp_path / "layout", [tar(entry(f"f{number}", os.urandom(8 << 20))) for number in range(4)], compress=False)
+    for name, data in image.private.items():
+        (private / name[7:]).write_bytes(data)
+    command = ["unshare", "-m", sys.executable, "-c", TIGHT, str(image.place), str(place), str(private), str(39 << 20)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("the system does not let this user mount a file system")
+    assert done.stdout == f"{32 << 20}\n", done.stderr
+    assert nothing_in(place)
+    command[-1] = str(30 << 20)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "no space left on device" in done.stderr.lower()

@@ -9,8 +9,11 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import tracemalloc
 import zlib
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -132,6 +135,35 @@ def test_a_directory_swapped_for_a_link(world: World) -> None:
     )
     world.unharmed()
     assert (world.root / "d").is_symlink()
+
+
+def test_a_race_for_directories(world: World) -> None:
+    """Somebody in the tree swaps directories for links to the outside all the while: whatever fails, nothing gets out."""
+    stop = threading.Event()
+
+    def swap() -> None:
+        link, place, aside = world.root / "link", world.root / "d", world.root / "aside"
+        while not stop.is_set():
+            for step in (
+                lambda: link.symlink_to(world.outside), lambda: place.rename(aside), lambda: link.rename(place),
+                lambda: place.unlink(), lambda: aside.rename(place),
+            ):  # fmt: skip
+                with suppress(OSError):
+                    step()
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        items = [entry("d/secret", b"attack"), entry("d/inner/x", b"attack"), entry("d/.wh.secret"), entry("d/.wh.inner")]
+        layer = tar(directory("d/"), *items * 100)
+        deadline = time.monotonic() + 0.7
+        while time.monotonic() < deadline:
+            with suppress(ImageError, OSError):
+                world.unpack(tar(directory("d/")), layer, layer)
+    finally:
+        stop.set()
+        thread.join()
+    world.unharmed()
 
 
 def test_whiteouts_that_leave(world: World) -> None:
@@ -335,7 +367,7 @@ def test_a_reader_that_fails_ends_the_thread() -> None:
         layer.next_chunk()  # closed long before its end
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+@pytest.mark.skipif(os.geteuid() != 0, reason="the system does not let this user mount a file system")
 def test_other_file_systems_are_not_entered(world: World) -> None:
     script = f"""
 mount -t tmpfs none {world.root} && mkdir {world.root}/proc && mount -t proc none {world.root}/proc && exec "$@"
@@ -349,5 +381,5 @@ mount -t tmpfs none {world.root} && mkdir {world.root}/proc && mount -t proc non
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     if "unshare" in done.stderr or "mount:" in done.stderr:
-        pytest.skip("namespaces are not permitted here")
+        pytest.skip("the system does not let this user mount a file system")
     assert "another file system is mounted there" in done.stderr
