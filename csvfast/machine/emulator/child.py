@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -219,6 +220,7 @@ def main(descriptor: int) -> None:
     from csvfast.machine.emulator.identity import become
     from csvfast.machine.emulator.run import run_program
 
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no plaintext and no key in a file
     settings, descriptors, key = _receive(control)
     for number in (0, 1, 2):
         os.dup2(descriptors[number], number)

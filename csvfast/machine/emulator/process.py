@@ -96,7 +96,6 @@ class Process:
         self.actions: dict[int, tuple[int, int, int, int]] = {}
         self.mask = 0
         self.pending: list[int] = []
-        self.suspended: int | None = None  # the mask that sigsuspend replaced
         self.uc: Any = None
         self._stopper: Stopper | None = None
         self.first = True
@@ -366,9 +365,10 @@ class Process:
                 top = alternate[0] + alternate[2]
             frame = ((top - _FRAME_BYTES) & -16) - 8
             context = struct.pack("<5Q", 0, 0, *alternate) + struct.pack("<18Q", *registers)
-            mask = self.mask if self.suspended is None else self.suspended
+            thread = self.threads.current
+            mask = self.mask if thread.suspended is None else thread.suspended
             context += struct.pack("<Q", 0x33) + bytes(4 * 8 + 72) + struct.pack("<Q", mask)
-            self.suspended = None
+            thread.suspended = None
             self.space.write(frame, struct.pack("<Q", restorer) + context + struct.pack("<iii", number, 0, 0))
             self._contexts[frame] = self.uc.context_save()
             self.mask = mask
@@ -382,8 +382,9 @@ class Process:
                 (x86.UC_X86_REG_RSI, frame + 312), (x86.UC_X86_REG_RDX, frame + 8), (x86.UC_X86_REG_RAX, 0),
             ):  # fmt: skip
                 self.uc.reg_write(register, value)
-        if self.suspended is not None:
-            self.mask, self.suspended = self.suspended, None
+        thread = self.threads.current
+        if thread.suspended is not None:
+            self.mask, thread.suspended = thread.suspended, None
 
     def signal_return(self) -> int | None:
         """rt_sigreturn: back to where the signal came."""

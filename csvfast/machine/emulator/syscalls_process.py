@@ -200,13 +200,15 @@ def _sigreturn(process: Process, *_: int) -> None:
 
 def _sigsuspend(process: Process, mask: int, *_: int) -> int:
     (wanted,) = struct.unpack("<Q", process.space.read(mask, 8))
-    process.suspended, process.mask = process.mask, wanted  # the handler's frame keeps the old one
+    process.threads.current.suspended, process.mask = process.mask, wanted  # the handler's frame keeps the old one
     process.block_signals()
     _wait_for_signal(process)
     return -errno.EINTR
 
 
 def _wait_for_signal(process: Process) -> None:
+    if process.threads.several and not process.interrupted():
+        raise Blocked()
     while not process.interrupted():
         process.check_deadline()
         select.select([], [], [], 0.02)

@@ -50,7 +50,7 @@ class Blocked(BaseException):
 class Thread:
     """One thread: `context` while it does not run, `waiting` while a call of it waits, `result` of that call when it is there."""
 
-    __slots__ = ("alternate", "clear", "context", "mask", "number", "pending", "result", "waiting")
+    __slots__ = ("alternate", "clear", "context", "mask", "number", "pending", "result", "suspended", "waiting")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -59,6 +59,7 @@ class Thread:
         self.pending: list[int] = []
         self.waiting: Blocked | None = None
         self.result: int | None = None
+        self.suspended: int | None = None  # the mask that sigsuspend replaced
         self.alternate = (0, 2, 0)  # stack of signal handlers: address, flags (2 = none), bytes
 
 
