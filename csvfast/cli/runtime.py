@@ -97,10 +97,11 @@ def create(
             options["executor"] = executor
         from csvfast.runtime.options import RunOptions
 
-        wanted = RunOptions.from_json(options)
-        pid = start_monitor(
-            wanted, identifier, root=root, bundle=str(bundle.absolute()), annotations=annotations, log=_OPTIONS.log
-        )
+        wanted, place = RunOptions.from_json(options), str(bundle.absolute())
+        if (sandbox := _sandbox_of(annotations)) is not None:
+            pid = _join(root, sandbox, identifier, wanted, place, annotations)
+        else:
+            pid = start_monitor(wanted, identifier, root=root, bundle=place, annotations=annotations, log=_OPTIONS.log)
         if pid_file is not None:
             try:
                 write_atomically(pid_file, str(pid))
@@ -112,7 +113,7 @@ def create(
 @app.command()
 def start(identifier: _Identifier) -> None:
     """Start the process of a container that was made."""
-    from csvfast.runtime.monitor import ask
+    from csvfast.runtime.control import ask
 
     with _errors() as root:
         _alive(root, identifier)
@@ -135,7 +136,7 @@ def kill(
     everything: Annotated[bool, typer.Option("--all", "-a", help="As without: the container's first process.")] = False,
 ) -> None:
     """Send a signal to a container's process."""
-    from csvfast.runtime.monitor import ask
+    from csvfast.runtime.control import ask
 
     del everything
     with _errors() as root:
@@ -184,7 +185,7 @@ def list_containers(
 @app.command()
 def timings(identifier: _Identifier) -> None:
     """How long each step of a container's life took, as JSON."""
-    from csvfast.runtime.monitor import ask
+    from csvfast.runtime.control import ask
 
     with _errors() as root:
         _alive(root, identifier)
@@ -247,6 +248,27 @@ def measure(
             print(told.decode())
 
 
+def _sandbox_of(annotations: dict[str, str]) -> str | None:
+    """Whose sandbox a container shall join, as containerd's CRI plugin or we say it."""
+    if annotations.get("io.kubernetes.cri.container-type") == "container":
+        return annotations.get("io.kubernetes.cri.sandbox-id")
+    return annotations.get("org.csvfast.sandbox")
+
+
+def _join(root: Path, sandbox: str, identifier: str, options: Any, bundle: str, annotations: dict[str, str]) -> int:
+    """The container is made by the sandbox's monitor; our standard streams go there. Out: that one's process ID."""
+    from csvfast.runtime.control import ask
+    from csvfast.runtime.state import check_identifier, read_state
+
+    check_identifier(identifier)
+    _alive(root, sandbox)
+    ask(
+        root, identifier, "create", monitor=sandbox, descriptors=[0, 1, 2], options=options.to_json(), bundle=bundle,
+        annotations=annotations,
+    )  # fmt: skip
+    return int(read_state(root, identifier)[0]["pid"])
+
+
 def _alive(root: Path, identifier: str) -> None:
     from csvfast.errors import ContainerError
     from csvfast.runtime.state import read_state
@@ -258,7 +280,7 @@ def _alive(root: Path, identifier: str) -> None:
 
 def _delete(root: Path, identifier: str, *, force: bool) -> None:
     from csvfast.errors import ContainerError
-    from csvfast.runtime.monitor import ask
+    from csvfast.runtime.control import ask
     from csvfast.runtime.state import read_state, remove
 
     try:
@@ -271,10 +293,10 @@ def _delete(root: Path, identifier: str, *, force: bool) -> None:
         try:
             ask(root, identifier, "delete", force=force)
         except ContainerError:
-            if read_state(root, identifier)[1] and not force:
+            if _lives(root, identifier) and not force:
                 raise
         end = time.monotonic() + _END_SECONDS
-        while read_state(root, identifier)[1]:
+        while _lives(root, identifier):
             if time.monotonic() > end:
                 if not force:
                     raise ContainerError("state", f"the monitor of container {identifier} does not end")
@@ -285,6 +307,16 @@ def _delete(root: Path, identifier: str, *, force: bool) -> None:
                 end = time.monotonic() + _END_SECONDS
             time.sleep(0.02)
     remove(root, identifier)
+
+
+def _lives(root: Path, identifier: str) -> bool:
+    from csvfast.errors import ContainerError
+    from csvfast.runtime.state import read_state
+
+    try:
+        return read_state(root, identifier)[1]
+    except ContainerError:  # its monitor has removed it
+        return False
 
 
 def _signal(text: str) -> int:

@@ -6,12 +6,11 @@ import shutil
 from typing import Final
 
 from csvfast.runtime.executor import ExecutorName, LaunchPlan
-from csvfast.runtime.executor_process import ProcessExecutor
+from csvfast.runtime.executor_process import GUEST_BYTES, ProcessExecutor
 
 __all__ = ["NativeExecutor"]
 
 RUNTIMES: Final = ("runc", "crun", "bwrap")
-GUEST_BYTES: Final = 1 << 20  # the guest only holds the page of its requests
 
 
 class NativeExecutor(ProcessExecutor):

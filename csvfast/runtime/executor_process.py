@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["AgentProcess", "ProcessExecutor", "ProcessGuest", "code_digest", "launch_blob"]
 
 PAGE: Final = 4096
+GUEST_BYTES: Final = 1 << 20  # RAM of a guest that only holds the page of its requests
 ERRORS_BYTES: Final = 64 << 10
 _BLOB: Final = "launch-blob"
 
@@ -294,17 +295,13 @@ class ProcessExecutor(Executor):
         configuration = _sealed(plan.configuration)
         ours, theirs = socket.socketpair()
         inherited = [folder, configuration, theirs.fileno()]
-        pipes: list[int] = []
         try:
             arguments = [
                 "--link", str(theirs.fileno()), "--configuration", str(configuration), "--executor", self.name,
                 "--work", str(plan.work), "--report-socket", report, "--vcpu-socket", vcpu,
                 "--guest", str(guest.launch.handle),
             ]  # fmt: skip
-            for more, descriptor in self.more_arguments(host, plan, guest, pipes):
-                arguments += more
-                if descriptor is not None:
-                    inherited.append(descriptor)
+            arguments += self.more_arguments(plan)
             guest.process = AgentProcess(
                 arguments, descriptors=inherited, environment=_environment(plan.work), ended=guest.close
             )
@@ -313,13 +310,9 @@ class ProcessExecutor(Executor):
             ours.close()
             theirs.close()
             os.close(configuration)
-            for descriptor in pipes:
-                os.close(descriptor)
 
-    def more_arguments(
-        self, _host: HostMachine, _plan: LaunchPlan, _guest: ProcessGuest, _pipes: list[int]
-    ) -> list[tuple[list[str], int | None]]:
-        """More arguments of the agent, with the descriptor each names; what is put into `_pipes` is closed afterwards."""
+    def more_arguments(self, _plan: LaunchPlan) -> list[str]:
+        """More arguments of the agent."""
         return []
 
     def _serve_reports(self, host: HostMachine, folder: int, stack: ExitStack) -> tuple[str, str]:

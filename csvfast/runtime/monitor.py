@@ -3,8 +3,8 @@
     `csvfast run`              is the monitor of its container itself
     `csvfast runtime create`   starts one that lives on (python -c ...: start_monitor) and ends with the container's exit code
 
-It listens on control.sock in the container's state directory (mode 0700; peers of other users are turned away). One request line
-of JSON, one answer line: {"request": "state" | "start" | "kill" | "wait" | "delete" | "timings", "id", ...}.
+It answers requests (csvfast.runtime.control): state, start, kill, wait, delete, timings; and create, by which a container joins
+the sandbox, a pod's second one and so on.
 
 When it is killed, the kernel kills the agent or QEMU with it, and with those the containers; what is left on disk is ciphertext
 and sockets, which the next command removes.
@@ -16,22 +16,22 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from csvfast.errors import ContainerError, CsvfastError, FirmwareError, ImageError, VerificationError
+from csvfast.errors import ContainerError
+from csvfast.runtime.control import ControlDoor, error_record, raise_error
 from csvfast.runtime.executor import choose_executor
 from csvfast.runtime.options import RunOptions, configuration_for, loopback_of, sandbox_plan_of
 from csvfast.runtime.sandbox import Container, Sandbox
-from csvfast.runtime.state import CONTROL, OCI_VERSION, ContainerDirectory, state_root
+from csvfast.runtime.state import OCI_VERSION, ContainerDirectory, state_root
 from csvfast.runtime.timings import Timings
 
 if TYPE_CHECKING:
@@ -39,15 +39,25 @@ if TYPE_CHECKING:
 
     from csvfast.runtime.executor import Executor
 
-__all__ = ["Monitor", "ask", "start_monitor"]
+__all__ = ["Monitor", "start_monitor"]
 
-REQUEST_MAX: Final = 1 << 20
-REQUEST_SECONDS: Final = 10.0
-ANSWER_SECONDS: Final = 3600.0
-START_SECONDS: Final = 3900.0
-_KINDS: Final = frozenset(
-    {"policy", "attestation", "broker", "image", "launch", "state", "limit", "executor", "protocol"}
-)
+LOST: Final = 137
+
+
+@dataclass
+class _Member:
+    """A container that joined the sandbox."""
+
+    directory: ContainerDirectory
+    container: Container
+    options: RunOptions
+    bundle: str
+    annotations: dict[str, str]
+    streams: list[int]
+
+    def close_streams(self) -> None:
+        while self.streams:
+            os.close(self.streams.pop())
 
 
 class Monitor:
@@ -83,13 +93,15 @@ class Monitor:
         self._bundle, self._annotations = bundle, dict(annotations or {})
         self._exit = ExitStack()
         self._sandbox: Sandbox | None = None
+        self._members: dict[str, _Member] = {}
+        self._root = state_root() if root is None else root
         self._lock = threading.RLock()
-        self._directory = ContainerDirectory(identifier, state_root() if root is None else root, transient=transient)
+        self._directory = ContainerDirectory(identifier, self._root, transient=transient)
         self._made = False
         self._exit.callback(self._put_away)
         self.identifier = identifier
         try:
-            self._door = self._exit.enter_context(_Door(self._directory.path, self._answer))
+            self._door = self._exit.enter_context(ControlDoor(self._directory.path, self._answer))
             self._write()
         except BaseException:
             self._exit.close()
@@ -151,28 +163,75 @@ class Monitor:
             raise ContainerError("state", f"there is no container {identifier}")
         return container
 
-    def _ended(self, _container: Container) -> None:
-        self._write()
+    def _ended(self, container: Container) -> None:
+        member = self._members.get(container.identifier)
+        if member is not None:
+            member.close_streams()
+        with suppress(OSError):
+            self._write(container.identifier)
         sandbox = self._sandbox
-        if sandbox is None or all(one.status == "stopped" for one in sandbox.containers.values()):
+        if sandbox is None or all(one.status == "stopped" for one in list(sandbox.containers.values())):
             self.finished.set()
+
+    def _join(self, identifier: str, request: Mapping[str, Any], descriptors: list[int]) -> None:
+        """One more container in the sandbox. In: descriptors   its standard streams, kept"""
+        from csvfast.runtime.image_cache import mirror_image
+
+        if len(descriptors) != 3:
+            raise ContainerError("protocol", f"create with {len(descriptors)} descriptors; expected three standard streams")
+        sandbox, options = self.sandbox, RunOptions.from_json(request.get("options", {}))
+        directory = ContainerDirectory(identifier, self._root)
+        try:
+            # The agent has fetched all of it when pull() is done.
+            with mirror_image(options, loopback_of(self.executor), Timings()) as mirror:
+                sandbox.pull(mirror.name, mirror.source)
+                container = sandbox.create(identifier, mirror.name, options.process(), stdin=options.stdin)
+        except BaseException:
+            directory.remove()
+            raise
+        streams = [descriptors.pop(0) for _ in range(3)]
+        annotations = {str(name): str(value) for name, value in dict(request.get("annotations", {})).items()}
+        with self._lock:
+            self._members[identifier] = _Member(
+                directory, container, options, str(request.get("bundle", "")), annotations, streams
+            )
+        container.attach(streams[0] if options.stdin else None, streams[1], streams[2])
+        container.ended = self._ended
+        self._write(identifier)
+
+    def _leave(self, identifier: str, *, force: bool) -> None:
+        """A container that joined is deleted."""
+        container = self._find(identifier)
+        if container.status != "stopped" and not force:
+            raise ContainerError("state", f"container {identifier} is {container.status}; expected a stopped one, or force")
+        container.remove()
+        with self._lock:
+            member = self._members.pop(identifier)
+        member.close_streams()
+        member.directory.remove()
 
     # ---- State
 
-    def state(self) -> dict[str, Any]:
-        """As the OCI runtime specification has it, and more under "csvfast"."""
-        sandbox = self._sandbox
-        container = None if sandbox is None else sandbox.containers.get(self.identifier)
+    def state(self, identifier: str | None = None) -> dict[str, Any]:
+        """As the OCI runtime specification has it, and more under "csvfast". In: identifier   None = of the first container"""
+        name = identifier or self.identifier
+        member, sandbox = self._members.get(name), self._sandbox
+        if member is None and name != self.identifier:
+            raise ContainerError("state", f"there is no container {name}")
+        container = None if sandbox is None else sandbox.containers.get(name)
         record: dict[str, Any] = {
             "ociVersion": OCI_VERSION,
-            "id": self.identifier,
+            "id": name,
             "status": "creating" if container is None else container.status,
-            "bundle": self._bundle,
-            "annotations": self._annotations,
+            "bundle": self._bundle if member is None else member.bundle,
+            "annotations": self._annotations if member is None else member.annotations,
         }
         if record["status"] != "stopped":
             record["pid"] = os.getpid()
-        more: dict[str, Any] = {"monitor": os.getpid(), "image": self.options.image, "executor": self.executor.name}
+        options = self.options if member is None else member.options
+        more: dict[str, Any] = {"monitor": os.getpid(), "image": options.image, "executor": self.executor.name}
+        if member is not None:
+            more["sandbox"] = self.identifier
         more["statement"] = self.executor.statement()
         if sandbox is not None:
             more |= sandbox.record()
@@ -182,19 +241,24 @@ class Monitor:
                 more["problem"] = container.problem
         return {**record, "csvfast": more}
 
-    def _write(self) -> None:
+    def _write(self, identifier: str | None = None) -> None:
         with self._lock:
-            self._directory.write(self.state())
+            member = self._members.get(identifier or self.identifier)
+            directory = self._directory if member is None else member.directory
+            directory.write(self.state(identifier))
 
     # ---- Requests of other commands
 
-    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _answer(self, request: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
         what, identifier = request.get("request"), str(request.get("id", self.identifier))
         if what == "state":
-            return self.state()
+            return self.state(identifier)
+        if what == "create":
+            self._join(identifier, request, descriptors)
+            return {}
         if what == "start":
             self._find(identifier).start()
-            self._write()
+            self._write(identifier)
             return {}
         if what == "kill":
             number = request.get("signal")
@@ -213,7 +277,7 @@ class Monitor:
                     raise ContainerError("state", f"container {identifier} is {status}; expected a stopped one, or force")
                 self.finished.set()
             else:
-                self._find(identifier).remove()
+                self._leave(identifier, force=bool(request.get("force")))
             return {}
         if what == "timings":
             if self._sandbox is not None:
@@ -229,7 +293,7 @@ class Monitor:
         try:
             container.signal(number)
         except ContainerError:
-            if number != signal.SIGKILL or container.status == "stopped":
+            if number != signal.SIGKILL or container.status == "stopped" or identifier in self._members:
                 raise
             self.finished.set()  # an agent that does not obey: the guest is ended, and the container with it
 
@@ -249,6 +313,11 @@ class Monitor:
             sandbox.close()
             with suppress(OSError):
                 self._write()
+            for identifier, member in list(self._members.items()):
+                with suppress(OSError):
+                    self._write(identifier)
+                member.close_streams()
+                member.directory.release()
         self._exit.close()
 
     def __enter__(self) -> Self:
@@ -258,130 +327,6 @@ class Monitor:
         self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Door:
-    """The control socket: a thread that accepts, and one for each connection, since waiting takes long."""
-
-    def __init__(self, folder: Path, answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
-        self._answer = answer
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._wake_in, self._wake_out = os.pipe2(os.O_CLOEXEC)
-        self._closed = False
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # A path of any length, by its directory's descriptor; nobody else gets into that.
-            self._listener.bind(f"/proc/self/fd/{descriptor}/{CONTROL}")
-            self._listener.listen(16)
-        except BaseException:
-            self._listener.close()
-            os.close(self._wake_in)
-            os.close(self._wake_out)
-            raise
-        finally:
-            os.close(descriptor)
-        self._thread = threading.Thread(target=self._serve, name="csvfast-control", daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._wake_in, selectors.EVENT_READ)
-            while not any(key.fileobj == self._wake_in for key, _ in selector.select()):
-                with suppress(OSError, RuntimeError):
-                    connection, _ = self._listener.accept()
-                    threading.Thread(target=self._exchange, args=(connection,), name="csvfast-request", daemon=True).start()
-
-    def _exchange(self, connection: socket.socket) -> None:
-        from csvfast.processor.protocol import peer_user
-
-        with connection, suppress(OSError):
-            if peer_user(connection) != os.geteuid():
-                return
-            connection.settimeout(REQUEST_SECONDS)
-            request = bytearray()
-            while not request.endswith(b"\n"):
-                chunk = connection.recv(65536)
-                if not chunk or len(request) > REQUEST_MAX:
-                    return
-                request += chunk
-            connection.sendall(json.dumps(self._reply(request)).encode() + b"\n")
-
-    def _reply(self, request: bytearray) -> dict[str, Any]:
-        try:
-            document = json.loads(request)
-            if not isinstance(document, dict):
-                raise ContainerError("protocol", "expected a JSON object")
-            return {"ok": self._answer(document)}
-        except Exception as problem:
-            return {"error": error_record(problem)}
-
-    def close(self) -> None:
-        """No more requests. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        os.write(self._wake_out, b"\0")
-        if self._thread is not threading.current_thread():
-            self._thread.join(10)
-        self._listener.close()
-        os.close(self._wake_in)
-        os.close(self._wake_out)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_problem: object) -> None:
-        self.close()
-
-
-def error_record(problem: BaseException) -> dict[str, str]:
-    """An error for another process."""
-    if isinstance(problem, ContainerError):
-        return {"kind": problem.kind, "message": problem.problem}
-    kind = "state"
-    if isinstance(problem, ImageError):
-        kind = "image"
-    elif isinstance(problem, (VerificationError, FirmwareError)):
-        kind = "launch"
-    text = str(problem) if isinstance(problem, (CsvfastError, OSError)) else f"{type(problem).__name__}: {problem}"
-    return {"kind": kind, "message": text}
-
-
-def raise_error(record: object) -> NoReturn:
-    """Raises ContainerError for what error_record made."""
-    error = record if isinstance(record, dict) else {}
-    kind = error.get("kind")
-    raise ContainerError(kind if kind in _KINDS else "protocol", str(error.get("message", "no reason")))
-
-
-def ask(root: Path, identifier: str, request: str, *, timeout: float = ANSWER_SECONDS, **more: Any) -> dict[str, Any]:
-    """Sends a request to a container's monitor. ContainerError: what it refuses; "state": there is no monitor."""
-    path = root / identifier
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        raise ContainerError("state", f"there is no container {identifier}") from None
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
-            connection.settimeout(timeout)
-            connection.connect(f"/proc/self/fd/{descriptor}/{CONTROL}")
-            connection.sendall(json.dumps({"request": request, "id": identifier, **more}).encode() + b"\n")
-            with connection.makefile("rb") as stream:
-                line = stream.readline()
-        if not line:
-            raise ConnectionRefusedError
-        answer = json.loads(line)
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise ContainerError("state", f"container {identifier} has no monitor any more") from None
-    except (OSError, ValueError) as problem:
-        raise ContainerError("protocol", f"the monitor of container {identifier} does not answer: {problem}") from None
-    finally:
-        os.close(descriptor)
-    if "error" in answer:
-        raise_error(answer["error"])
-    found: dict[str, Any] = answer["ok"]
-    return found
 
 
 # ---- A monitor that lives on ----------------------------------------------------------------------------------------
@@ -482,7 +427,7 @@ def main(arguments: Sequence[str]) -> int:
                 break
     for descriptor in streams:
         os.close(descriptor)
-    return container.exit_code if container.exit_code is not None else 137
+    return container.exit_code if container.exit_code is not None else LOST
 
 
 def _away(log: str | None) -> None:

@@ -35,6 +35,7 @@ ANNOTATIONS: Final = {
     "org.csvfast.broker-pin": "broker_pin",
     "org.csvfast.broker-ca": "broker_ca",
     "org.csvfast.configuration": "configuration",
+    "org.csvfast.policy": "policy",
     "org.csvfast.chip": "chip",
     "org.csvfast.memory": "memory",
     "org.csvfast.window": "window",

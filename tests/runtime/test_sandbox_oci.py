@@ -197,3 +197,47 @@ def test_measure_tells_the_digest_in_advance(demo: Demo, tmp_path: Path) -> None
     line = runtime(demo, "measure", "--executor", "emulator", "--broker", options.broker, "--memory", "128MiB", demo.image, "--",
                    "/bin/program", "hello")  # fmt: skip
     assert line.stdout.decode().strip() == told["digest"]
+
+
+def test_a_pod(demo: Demo, tmp_path: Path) -> None:
+    """A second and a third container in the sandbox of the first one."""
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({
+        "images": ["localhost/demo:1"], "commands": [["/bin/program", "*"]], "users": ["image"], "capabilities": ["default"],
+        "signals": True, "containers": 3,
+    }))  # fmt: skip
+    pod = {"org.csvfast.policy": str(policy)}
+    joined = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod"}
+    ours = {"org.csvfast.sandbox": "pod"}
+    first = bundle(demo, tmp_path / "first", ["/bin/program", "hold"], **pod)
+    second = bundle(demo, tmp_path / "second", ["/bin/program", "hello"], **joined)
+    other = bundle(demo, tmp_path / "other", ["/bin/other"], **joined)
+    third = bundle(demo, tmp_path / "third", ["/bin/program", "hold"], **ours)
+    demo.broker.allow(demo.digest(demo.options(policy=str(policy), args=["/bin/program", "hold"], memory=128 << 20)))
+    pid = create(demo, "pod", first, tmp_path / "out")
+    runtime(demo, "start", "pod")
+    assert create(demo, "second", second, tmp_path / "out2") == pid
+    found = state(demo, "second")
+    assert (found["status"], found["csvfast"]["sandbox"], found["bundle"]) == ("created", "pod", str(second))
+    runtime(demo, "start", "second")
+    wait_for(lambda: read_state(demo.root, "second")[0]["status"] == "stopped")
+    assert (tmp_path / "out2").read_bytes() == TEXT
+    assert state(demo, "second")["csvfast"]["exitCode"] == 7
+    assert state(demo, "pod")["status"] == "running"
+    assert [row["id"] for row in json.loads(runtime(demo, "list", "--json").stdout)] == ["pod", "second"]
+    assert b"is there already" in runtime(demo, "create", "-b", str(second), "second", code=3).stderr
+    runtime(demo, "delete", "second")
+    assert not (demo.root / "second").exists()
+    assert b"policy: command" in runtime(demo, "create", "-b", str(other), "other", code=1).stderr
+    assert not (demo.root / "other").exists()
+
+    create(demo, "third", third, tmp_path / "out3")
+    runtime(demo, "start", "third")
+    wait_for(lambda: b"holding" in (tmp_path / "out3").read_bytes())
+    everything = family(pid)
+    os.kill(pid, 9)
+    wait_for(lambda: not any(alive(one) for one in everything))
+    assert [state(demo, one)["status"] for one in ("pod", "third")] == ["stopped", "stopped"]
+    runtime(demo, "delete", "third")
+    runtime(demo, "delete", "pod")
+    assert b"there is no container pod" in runtime(demo, "create", "-b", str(third), "late", code=3).stderr
