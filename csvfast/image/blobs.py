@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
-from csvfast.errors import ImageError
+from csvfast.errors import ImageError, IntegrityError
 from csvfast.image.descriptor import Descriptor, is_index, is_manifest, new_hash
 from csvfast.image.manifest import Index, Manifest, choose
 
@@ -81,7 +81,7 @@ class BlobTarget(Protocol):
         In:  descriptor   what it must be; None: whatever comes (its media type is then application/octet-stream)
              chunks       its bytes; each buffer may be used again after the next one is asked for
         Out: the descriptor, or one with the SHA-256 and size of what came.
-        ImageError: the bytes have another digest or size than the descriptor; nothing has been written then.
+        IntegrityError: the bytes have another digest or size than the descriptor; nothing has been written then.
         """
 
     def put_manifest(self, data: bytes, media_type: str, tag: str | None = None, /) -> Descriptor:
@@ -130,7 +130,7 @@ class VerifiedReader:
     What has been read before that is not verified: use it only where a later error can undo it.
     In: raw          from the blob's first byte; closed with this one
         descriptor   what it must be
-    ImageError from reads: fewer or more bytes, another digest. A context manager.
+    IntegrityError from reads: fewer or more bytes, another digest. A context manager.
     """
 
     def __init__(self, raw: BlobReader, descriptor: Descriptor) -> None:
@@ -146,7 +146,7 @@ class VerifiedReader:
         return self._done
 
     def read(self, size: int = CHUNK_BYTES) -> bytes:
-        """As BlobReader; at the end, ImageError unless the bytes were those of the descriptor."""
+        """As BlobReader; at the end, IntegrityError unless the bytes were those of the descriptor."""
         if self._done or size == 0:
             return b""
         # One byte more than is left, so that a surplus is seen as soon as there is one.
@@ -182,23 +182,24 @@ class VerifiedReader:
 
     def _take(self, data: Buffer, count: int) -> None:
         if count > self._left:
-            raise ImageError(f"blob {self.descriptor.digest}", f"more than {self.descriptor.size} bytes; expected exactly these")
+            problem = f"more than {self.descriptor.size} bytes; expected exactly these"
+            raise IntegrityError(f"blob {self.descriptor.digest}", problem)
         if count:
             self._hash.update(data)
             self._left -= count
             return
         if self._left:
             have = self.descriptor.size - self._left
-            raise ImageError(f"blob {self.descriptor.digest}", f"{have} bytes; expected {self.descriptor.size}")
+            raise IntegrityError(f"blob {self.descriptor.digest}", f"{have} bytes; expected {self.descriptor.size}")
         algorithm = self.descriptor.digest.partition(":")[0]
         found = f"{algorithm}:{self._hash.hexdigest()}"
         if found != self.descriptor.digest:
-            raise ImageError(f"blob {self.descriptor.digest}", f"the bytes have the digest {found}")
+            raise IntegrityError(f"blob {self.descriptor.digest}", f"the bytes have the digest {found}")
         self._done = True
 
 
 def read_blob(source: BlobSource, descriptor: Descriptor, limit: int) -> bytes:
-    """A whole blob, verified. ImageError: longer than `limit` bytes, or other bytes than promised."""
+    """A whole blob, verified. ImageError: longer than `limit` bytes. IntegrityError: other bytes than promised."""
     if descriptor.size > limit:
         raise ImageError(f"blob {descriptor.digest}", f"{descriptor.size} bytes; expected at most {limit}")
     with VerifiedReader(source.open_blob(descriptor), descriptor) as reader:
@@ -219,7 +220,7 @@ def resolve_manifest(
         chosen = choose(Index.parse(data, descriptor.media_type), os, architecture, variant)
         descriptor, data = source.resolve(chosen.digest)
         if not descriptor.same_blob(chosen):
-            raise ImageError(f"image {chosen.digest}", f"{descriptor.size} bytes; expected {chosen.size}")
+            raise IntegrityError(f"image {chosen.digest}", f"{descriptor.size} bytes; expected {chosen.size}")
         descriptor = chosen
     if not is_manifest(descriptor.media_type):
         raise ImageError(f"image {descriptor.digest}", f"mediaType {descriptor.media_type}; expected an image's manifest")

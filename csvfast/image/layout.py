@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from csvfast.errors import ImageError
+from csvfast.errors import ImageError, IntegrityError
 from csvfast.image.blobs import chunk_hash, read_blob
 from csvfast.image.descriptor import Descriptor, checked_digest, is_digest, is_index, is_manifest
 from csvfast.image.manifest import MANIFEST_LIMIT, Index, media_type_of
@@ -89,12 +89,12 @@ class OciLayout:
         return found[0], data
 
     def open_blob(self, descriptor: Descriptor, offset: int = 0, /) -> FileIO:
-        """See BlobSource. ImageError: no such blob, or one of another size."""
+        """See BlobSource. ImageError: no such blob. IntegrityError: one of another size."""
         handle = self._open(self._place(descriptor.digest), f"blob {descriptor.digest}")
         try:
             size = os.fstat(handle).st_size
             if size != descriptor.size:
-                raise ImageError(f"blob {descriptor.digest}", f"{size} bytes in {self.path}; expected {descriptor.size}")
+                raise IntegrityError(f"blob {descriptor.digest}", f"{size} bytes in {self.path}; expected {descriptor.size}")
             if offset:
                 os.lseek(handle, offset, os.SEEK_SET)
         except BaseException:
@@ -124,16 +124,16 @@ class OciLayout:
                 view = memoryview(chunk).cast("B")
                 size += len(view)
                 if descriptor is not None and size > descriptor.size:
-                    raise ImageError(subject, f"more than {descriptor.size} bytes; expected exactly these")
+                    raise IntegrityError(subject, f"more than {descriptor.size} bytes; expected exactly these")
                 check.update(view)
                 new.write(view)
             digest = f"{algorithm}:{check.hexdigest()}"
             if descriptor is None:
                 descriptor = Descriptor(UNKNOWN_TYPE, digest, size)
             if size != descriptor.size:
-                raise ImageError(subject, f"{size} bytes; expected {descriptor.size}")
+                raise IntegrityError(subject, f"{size} bytes; expected {descriptor.size}")
             if digest != descriptor.digest:
-                raise ImageError(subject, f"the bytes have the digest {digest}")
+                raise IntegrityError(subject, f"the bytes have the digest {digest}")
             new.publish(self._place(digest))
         return descriptor
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from urllib.parse import quote
 
-from csvfast.errors import ArgumentError, ImageError, RegistryError
+from csvfast.errors import ArgumentError, ImageError, IntegrityError, RegistryError
 from csvfast.image.descriptor import Descriptor, digest_of, is_digest, is_index, is_manifest, new_hash
 from csvfast.image.manifest import MANIFEST_LIMIT, media_type_of, parse_json
 from csvfast.image.reference import DOCKER_HUB, Reference, is_repository, is_tag
@@ -109,7 +109,7 @@ class RegistryClient:
         self._whole("GET", "/v2/", self.pull, what="/v2/")
 
     def resolve(self, wanted: str | None = None, /) -> tuple[Descriptor, bytes]:
-        """See BlobSource. RegistryError: no such manifest, one of more than 4 MiB, other bytes than the digest's."""
+        """See BlobSource. RegistryError: no such manifest, or one of more than 4 MiB. IntegrityError: other bytes."""
         wanted = "latest" if wanted is None else wanted
         self._check_wanted(wanted)
         headers = {"Accept": ", ".join(MANIFEST_TYPES)}
@@ -132,11 +132,11 @@ class RegistryClient:
                 check.update(data)
                 if promised.partition(":")[2] != check.hexdigest():
                     problem = f"manifest {wanted}: the bytes do not have the digest {promised}"
-                    raise RegistryError(self.subject, problem, status=200)
+                    raise IntegrityError(self.subject, problem)
         return Descriptor(kind, digest, len(data)), data
 
     def open_blob(self, descriptor: Descriptor, offset: int = 0, /) -> RegistryBlob:
-        """See BlobSource. RegistryError: no such blob, or one of another size."""
+        """See BlobSource. RegistryError: no such blob. IntegrityError: one of another size."""
         return RegistryBlob(self, descriptor, offset)
 
     def tags(self) -> list[str]:
@@ -202,7 +202,7 @@ class RegistryClient:
             given = answer.header("Docker-Content-Digest")
         if given is not None and given.startswith("sha256:") and given != made.digest:
             problem = f"manifest {wanted}: stored as {ascii(given)[:80]}; expected {made.digest}"
-            raise RegistryError(self.subject, problem, status=201)
+            raise IntegrityError(self.subject, problem)
         return made
 
     def close(self) -> None:
@@ -322,7 +322,7 @@ class RegistryClient:
 class RegistryBlob:
     """A blob that comes from a registry: a BlobReader that goes on after a cut. A context manager.
 
-    Reads raise RegistryError: the registry is gone, too slow, or sends more or other bytes than it said.
+    Reads raise RegistryError: the registry is gone or too slow. IntegrityError: it has more or fewer bytes than promised.
     """
 
     def __init__(self, client: RegistryClient, descriptor: Descriptor, offset: int) -> None:
@@ -398,7 +398,7 @@ class RegistryBlob:
                     raise self._error(f"another range than the one from byte {self._at} of {size}")
                 skip, expected = 0, size - self._at
             if answer.length not in (None, expected):
-                raise self._error(f"{answer.length} bytes; expected {expected}")
+                raise self._other_bytes(f"{answer.length} bytes; expected {expected}")
             answer.stream()
             scrap = memoryview(bytearray(min(skip, 1 << 16)))
             while skip:  # a server that knows no ranges
@@ -432,7 +432,10 @@ class RegistryBlob:
             surplus = 0  # what is missing is no byte of the blob's
         self.close()
         if surplus:
-            raise self._error(f"more than {self._descriptor.size} bytes; expected exactly these")
+            raise self._other_bytes(f"more than {self._descriptor.size} bytes; expected exactly these")
+
+    def _other_bytes(self, problem: str) -> IntegrityError:
+        return IntegrityError(self._client.subject, f"{self._what}: {problem}")
 
     def _error(self, problem: str) -> RegistryError:
         return RegistryError(self._client.subject, f"{self._what}: {problem}", status=0)

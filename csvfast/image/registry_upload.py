@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from csvfast.errors import ImageError, RegistryError
+from csvfast.errors import IntegrityError, RegistryError
 from csvfast.image.blobs import chunk_hash
 from csvfast.image.descriptor import Descriptor
 
@@ -40,7 +40,7 @@ def upload(client: RegistryClient, descriptor: Descriptor | None, chunks: Iterab
             view = memoryview(chunk).cast("B")
             size += len(view)
             if descriptor is not None and size > descriptor.size:
-                raise ImageError(subject, f"more than {descriptor.size} bytes; expected exactly these")
+                raise IntegrityError(subject, f"more than {descriptor.size} bytes; expected exactly these")
             check.update(view)
             while view:
                 room = PIECE_BYTES - len(piece)
@@ -53,9 +53,9 @@ def upload(client: RegistryClient, descriptor: Descriptor | None, chunks: Iterab
         if descriptor is None:
             descriptor = Descriptor("application/octet-stream", digest, size)
         if size != descriptor.size:
-            raise ImageError(subject, f"{size} bytes; expected {descriptor.size}")
+            raise IntegrityError(subject, f"{size} bytes; expected {descriptor.size}")
         if digest != descriptor.digest:
-            raise ImageError(subject, f"the bytes have the digest {digest}")
+            raise IntegrityError(subject, f"the bytes have the digest {digest}")
         if piece:
             going.send(piece)
         going.finish(descriptor)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from image.small_images import LAYER, put_image, put_index
 
-from csvfast.errors import ImageError
+from csvfast.errors import ImageError, IntegrityError
 from csvfast.image import new_file
 from csvfast.image.blobs import read_blob, resolve_manifest
 from csvfast.image.copy import copy_image
@@ -173,7 +173,7 @@ def test_nothing_wrong_is_written(layout: OciLayout) -> None:
     for chunks, problem in (
         ([], "0 bytes"), ([b"goo"], "3 bytes; expected 4"), ([b"go", b"ods"], "more than 4"), ([b"evil"], "have the digest"),
     ):  # fmt: skip
-        with pytest.raises(ImageError, match=problem):
+        with pytest.raises(IntegrityError, match=problem):
             layout.put_blob(good, chunks)
         assert not layout.has_blob(good)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csvfast.errors import ArgumentError, ImageError
+from csvfast.errors import ArgumentError, ImageError, IntegrityError
 from csvfast.image import descriptor as types
 from csvfast.image.blobs import VerifiedReader
 from csvfast.image.descriptor import CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, Descriptor, Platform
@@ -355,5 +355,5 @@ def test_verified_reader(data: bytes, sizes: list[int], into: bool, size: int, l
         wrongs.append((data[:-1], f"{len(data) - 1} bytes; expected {len(data)}"))
         wrongs.append((bytes([data[0] ^ 1]) + data[1:], "have the digest"))
     for wrong, problem in wrongs:
-        with pytest.raises(ImageError, match=problem):
+        with pytest.raises(IntegrityError, match=problem):
             read_all(VerifiedReader(Pieces(wrong, list(sizes)), promised), into, size)

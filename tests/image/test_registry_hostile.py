@@ -17,7 +17,7 @@ import pytest
 from image.scripted_server import Request, Script, ScriptedServer, answer
 
 from csvfast.crypto import Secret
-from csvfast.errors import ArgumentError, ImageError, RegistryError
+from csvfast.errors import ArgumentError, ImageError, IntegrityError, RegistryError
 from csvfast.image import registry as module
 from csvfast.image.blobs import VerifiedReader, read_blob
 from csvfast.image.descriptor import CONFIG_TYPE, MANIFEST_TYPE, Descriptor, digest_of
@@ -63,10 +63,10 @@ def test_manifests_are_hashed_here() -> None:
         assert registry.resolve(long)[0].digest == long
         given[0] = "Content-Type: application/json; charset=utf-8"
         assert registry.resolve(None)[0].media_type == MANIFEST_TYPE
-        with pytest.raises(RegistryError, match="do not have the digest sha256:"):
+        with pytest.raises(IntegrityError, match="do not have the digest sha256:"):
             registry.resolve(digest_of(b"another"))
         given.append(f"Docker-Content-Digest: {digest_of(b'another')}")
-        with pytest.raises(RegistryError, match="do not have the digest sha256:"):
+        with pytest.raises(IntegrityError, match="do not have the digest sha256:"):
             registry.resolve("1")
         with pytest.raises(ImageError, match="neither a tag nor a digest"):
             registry.resolve("../../other")
@@ -520,7 +520,7 @@ def test_a_finished_upload_whose_answer_is_lost() -> None:
 
 def test_a_manifest_that_is_stored_as_another() -> None:
     said = answer(201, b"", f"Docker-Content-Digest: {digest_of(b'other')}")
-    with ScriptedServer(lambda *_: said) as server, client(server) as registry, pytest.raises(RegistryError, match="stored as"):
+    with ScriptedServer(lambda *_: said) as server, client(server) as registry, pytest.raises(IntegrityError, match="stored as"):
         registry.put_manifest(MANIFEST, MANIFEST_TYPE, "1")
 
 
