@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,41 @@ def test_configuration_archive(configuration: bytes) -> None:
     assert entries(archive)[CONFIGURATION_PLACE[1:]] == configuration
     assert len(archive) % 512 == 0
     assert configuration_archive(configuration) == archive
+
+
+GUEST = """
+import sys
+from csvfast.runtime import guest_initrd as place
+
+class Missing:
+    def __init__(self):
+        self.out = place._STANDARD | place._LEAVES_OUT | set(place._broker_leaves_out())
+        self.there = set(sys.stdlib_module_names) | set(place._PACKAGES)
+    def find_spec(self, name, path=None, target=None):
+        if name in self.out or name.partition(".")[0] not in self.there:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+missing = Missing()
+for name in list(sys.modules):
+    if name.startswith("csvfast") or name in missing.out:
+        del sys.modules[name]
+sys.meta_path.insert(0, missing)
+import csvfast.runtime.agent.__main__, csvfast.runtime.agent.server, csvfast.runtime.agent.spawner, csvfast.runtime.protocol
+import csvfast.runtime.agent.containers_namespaces, csvfast.runtime.agent.configuration, csvfast.runtime.agent.doors
+started = set(sys.modules)
+import csvfast.machine.guest, csvfast.image.assemble, csvfast.image.bundle, csvfast.image.registry, csvfast.image.wrappers
+import csvfast.broker.clients.verdictd, csvfast.broker.clients.kbs, csvfast.broker.keyprovider.messages
+import gzip, zlib
+print(sorted(started & {"cryptography", "OpenSSL", "ssl", "http.client", "csvfast.image", "csvfast.memory", "csvfast.processor"}))
+print(sorted(set(sys.modules) & {"asyncio", "numpy", "sqlalchemy", "grpc", "starlette", "typer", "csvfast.memory"}))
+"""
+
+
+def test_the_agent_needs_nothing_else() -> None:
+    """Everything it imports is in the initrd, and little of it at its start."""
+    done = subprocess.run([sys.executable, "-c", GUEST], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"]
 
 
 @NEEDS_FILES
