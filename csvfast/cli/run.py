@@ -56,7 +56,9 @@ def run(
         bool, typer.Option("--direct", help="The agent fetches from the registry itself; nothing is cached here.")
     ] = False,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="RAM of the guest.")] = "256MiB",
-    window: Annotated[str, typer.Option(metavar="SHARE|SIZE", help="Plaintext at most.")] = "1/4",
+    window: Annotated[
+        str, typer.Option(metavar="SHARE|SIZE", help="Plaintext at most. Default: vm 1/4, emulator 256K.")
+    ] = "",
     expect: Annotated[
         str, typer.Option("--expect", metavar="HEX", help="The launch digest; another one: no launch, exit code 1.")
     ] = "",

@@ -40,7 +40,7 @@ class LaunchPlan:
 
     configuration  the agent's, as JSON; it is measured
     memory         bytes of guest RAM, whole MiB
-    window         of plaintext at most, as CsvVm and the emulator take it: a share ("1/4") or bytes ("64M")
+    window         of plaintext at most, a share ("1/4") or bytes ("64M"); "" = the executor's own: 1/4 for vm, 256K for emulator
     work           private directory for the executor's files, removed with the sandbox
     expected       launch digest, 32 bytes, that the owner demands; None = the one that the files predict
     console        gets the guest's console, where it has one
@@ -50,7 +50,7 @@ class LaunchPlan:
 
     configuration: bytes
     memory: int = 256 << 20
-    window: str = "1/4"
+    window: str = ""
     work: Path = field(default_factory=Path)
     expected: bytes | None = None
     console: Callable[[bytes], object] | None = None

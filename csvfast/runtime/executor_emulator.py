@@ -19,8 +19,9 @@ class EmulatorExecutor(ProcessExecutor):
         """See Executor."""
         return (
             "encrypted are the programs' memory (SM4-XTS in the emulator's DRAM, but for the pages of the window) and the "
-            "contents of the container's files. In the clear are the agent, which handles the layers and their keys, the emulated CPU's "
-            "registers and window, and file names: parts of processes of this machine, whose administrator can read them"
+            "contents of the container's files. In the clear are the agent, which handles the layers and their keys, the "
+            "emulated CPU's registers and window, and file names: parts of processes of this machine, whose administrator can "
+            "read them"
         )
 
     def unavailable(self) -> str | None:
@@ -30,9 +31,9 @@ class EmulatorExecutor(ProcessExecutor):
         return None
 
     def guest_bytes(self, _plan: LaunchPlan) -> int:
-        """See ProcessExecutor. The guest of the processor holds the page of its requests; the emulated CPU has a DRAM of its own."""
+        """See ProcessExecutor. The processor's guest holds the page of its requests; the emulated CPU has a DRAM of its own."""
         return GUEST_BYTES
 
     def more_arguments(self, plan: LaunchPlan) -> list[str]:
         """See ProcessExecutor."""
-        return ["--memory", str(plan.memory)]
+        return ["--memory", str(plan.memory), *(["--window", plan.window] if plan.window else [])]

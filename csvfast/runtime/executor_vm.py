@@ -132,7 +132,7 @@ class VmExecutor(Executor):
                 dram=host.dram,
                 plan=self._plan(plan),
                 expected=plan.expected,
-                window=plan.window,
+                window=plan.window or "1/4",
                 accel=str(settings.get("accel", "auto")),
                 qemu=settings.get("qemu"),
                 library=settings.get("library"),

@@ -80,7 +80,7 @@ class RunOptions:
     chip: str = ""
     dram: str = ""
     memory: int = 256 << 20
-    window: str = "1/4"
+    window: str = ""
     expected: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     args: Sequence[str] = ()

@@ -65,7 +65,7 @@ class SandboxPlan:
     chip: Path | None = None
     dram: Path | None = None
     memory: int = 256 << 20
-    window: str = "1/4"
+    window: str = ""
     expected: bytes | None = None
     policy: GuestPolicy = POLICY
     settings: Mapping[str, Any] = field(default_factory=dict)
