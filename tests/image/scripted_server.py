@@ -1,14 +1,21 @@
-"""An HTTP server that says what a test tells it to, byte by byte."""
+"""An HTTP server that says what a test tells it to, byte by byte; and a certificate for servers on 127.0.0.1."""
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple, Self
 
-__all__ = ["Request", "ScriptedServer", "answer"]
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+__all__ = ["Request", "Script", "ScriptedServer", "answer", "write_certificate"]
 
 
 class Request(NamedTuple):
@@ -85,3 +92,20 @@ class ScriptedServer:
                 if said is None:
                     return
                 connection.sendall(said)
+
+
+def write_certificate(path: Path) -> None:
+    """Private key and certificate, which is its own CA, in one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "registry")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(True, None), True).sign(key, hashes.SHA256())
+    )  # fmt: skip
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )

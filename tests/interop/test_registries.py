@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from broker.services import skopeo
+from image.scripted_server import write_certificate
 from image.small_images import put_image, put_index
 
 from csvfast.cli import main
@@ -24,37 +29,40 @@ from csvfast.image.descriptor import Descriptor, digest_of
 from csvfast.image.layout import OciLayout
 from csvfast.image.reference import parse_reference
 from csvfast.image.registry import RegistryClient, open_source, open_target
+from csvfast.image.registry_auth import find_credentials
 from csvfast.image.server import EmbeddedRegistry
 
 __all__ = ["skopeo"]
 
 TIMEOUT = 60
+BCRYPT = "$2b$04$abcdefghijklmnopqrstuugIEnm3ZbWF6xb2GcoE3L1CoGJFMKtu."  # of "swordfish", at the lowest cost
 BIG = os.urandom(1 << 20) * 9  # two pieces of an upload
 
 
-@pytest.fixture(scope="module")
-def docker_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port."""
+@contextmanager
+def running(directory: Path, more: str = "", **options: Any) -> Iterator[str]:
+    """A docker-registry on a port of its own: host:port. In: more   of its configuration, options   of the client that waits."""
     program = shutil.which("docker-registry")
     if program is None:
         pytest.skip("docker-registry is not installed")
-    directory = tmp_path_factory.mktemp("registry")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     (directory / "config.yml").write_text(
-        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{address}'}}\n"
-        f"storage: {{filesystem: {{rootdirectory: '{directory}/data'}}, delete: {{enabled: true}}}}\n"
+        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: '{directory}/data'}}}}\n"
+        f"http:\n  addr: '{address}'\n{more}"
     )
     with (directory / "log").open("wb") as log:
         server = subprocess.Popen([program, "serve", directory / "config.yml"], stdout=log, stderr=log, cwd=directory)
         try:
             until = time.monotonic() + TIMEOUT
-            with RegistryClient(parse_reference(f"docker://{address}/x"), retries=0) as registry:
+            with RegistryClient(parse_reference(f"docker://{address}/x"), retries=0, **options) as registry:
                 while True:
                     try:
                         registry.ping()
                         break
-                    except RegistryError:
+                    except RegistryError as error:
+                        if error.status:
+                            break
                         assert server.poll() is None, (directory / "log").read_text()
                         assert time.monotonic() < until
                         time.sleep(0.05)
@@ -62,6 +70,13 @@ def docker_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         finally:
             server.terminate()
             server.wait(TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def docker_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port."""
+    with running(tmp_path_factory.mktemp("registry")) as address:
+        yield address
 
 
 def test_push_and_pull(docker_registry: str, tmp_path: Path) -> None:
@@ -115,6 +130,39 @@ def test_commands(
     assert "MANIFEST_UNKNOWN" in capsys.readouterr().err
     assert main(["image", "inspect", "docker://127.0.0.1:1/commands"]) == 3
     assert main(["image", "push", place, f"oci:{tmp_path}/local:1"]) == 2
+
+
+def test_tls_and_a_password(tmp_path: Path) -> None:
+    write_certificate(tmp_path / "tls.pem")
+    (tmp_path / "htpasswd").write_text(f"user:{BCRYPT}\n")
+    put_image(OciLayout(tmp_path / "local", create=True), "1", b"layer")
+    configuration = (
+        f"  tls: {{certificate: '{tmp_path}/tls.pem', key: '{tmp_path}/tls.pem'}}\n"
+        f"auth: {{htpasswd: {{realm: test, path: '{tmp_path}/htpasswd'}}}}\n"
+    )
+    tls = ssl.create_default_context(cafile=str(tmp_path / "tls.pem"))
+    with running(tmp_path, configuration, plain_http=False, tls=tls, credentials=None) as address:
+        place = parse_reference(f"docker://{address}/app:1")
+        for password, fits in (("swordfish", True), ("herring", False)):
+            auth = {"auths": {address: {"auth": base64.b64encode(f"user:{password}".encode()).decode()}}}
+            (tmp_path / "auth.json").write_text(json.dumps(auth))
+            credentials = find_credentials(address, "app", [tmp_path / "auth.json"])
+            with RegistryClient(place, plain_http=False, tls=tls, credentials=credentials) as registry:
+                if fits:
+                    copy_image(OciLayout(tmp_path / "local"), registry, wanted="1", tag="1")
+                    assert resolve_manifest(registry, "1")[1] == resolve_manifest(OciLayout(tmp_path / "local"), "1")[1]
+                    continue
+                with pytest.raises(RegistryError, match="status 401 UNAUTHORIZED"):
+                    registry.resolve("1")
+        for options, problem in (
+            ({"tls": tls, "credentials": None}, "401 UNAUTHORIZED: .*; no credentials are known"),
+            ({"credentials": credentials}, "certificate: self-signed certificate"),
+        ):
+            with (
+                RegistryClient(place, plain_http=False, **options) as stranger,  # type: ignore[arg-type]
+                pytest.raises(RegistryError, match=problem),
+            ):
+                stranger.resolve("1")
 
 
 def run(command: list[str], directory: Path, *arguments: str) -> str:
