@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -389,13 +390,42 @@ def test_processes_give_what_threads_give_and_survive_a_kill(tmp_path: Path) -> 
         with Job([tmp_path / "images"], executor=executor) as job:
             list(job)
         assert [row.facts for row in job.table] == sorted(wanted, key=lambda facts: str(facts[0]))
-        pool = executor._pool
-        assert pool is not None
-        for process in list(pool._processes.values()):
+        assert len(executor._processes) == 2
+        for process in executor._processes:
             process.kill()
         with Job([tmp_path / "images"], executor=executor) as job:
             list(job)
         assert [row.facts for row in job.table] == sorted(wanted, key=lambda facts: str(facts[0]))
+
+
+def test_processes_are_killed_in_the_middle(tmp_path: Path) -> None:
+    """Of large results, again and again, by somebody else; and by the executor itself, which must not wait for them."""
+    path = tmp_path / "image"
+    path.write_bytes(bytes(10))
+    os.truncate(path, 1 << 30)
+    executor = ProcessExecutor(2)
+    with Job([path], Selection("tree"), executor=executor, retries=1000) as job:
+        rows = iter(job)
+        ended = threading.Event()
+
+        def kill() -> None:
+            while not ended.wait(0.15):
+                for process in list(executor._processes)[:1]:
+                    process.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        time.sleep(0.5)
+        threading.Timer(1.0, ended.set).start()
+        (row,) = rows
+        killer.join()
+    assert row.digest == measure_image(path, "tree").hexdigest
+    futures = [executor.submit(tasks.RangeTask(number, Item("x", str(path), "tree"), 0, 1 << 30)) for number in range(5)]
+    time.sleep(0.1)
+    before = time.monotonic()
+    executor.close(cancel=True)
+    assert time.monotonic() - before < 5
+    assert all(future.done() for future in futures)
 
 
 class Losing(ThreadExecutor):

@@ -12,7 +12,7 @@ An executor takes tasks and gives back futures. It knows nothing of files, rows 
     local                True: tasks run in this process, and `step` is called while they run. False: `step` is ignored
     close(cancel)        returns when nothing runs any more. cancel=True: tasks under way are ended as early as possible, and
                          their futures are cancelled or end with an exception
-    ExecutorError        raised by submit(), or by the constructor: the executor as a whole is not there (any more); it
+    ExecutorError        raised by submit() or the constructor, or what a future ends with: the executor as a whole is not there (any more); it
                          ends the job, whose finished rows are kept
 
 Callbacks of futures may run in any thread; the scheduler's do nothing but put the future into a queue.
@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -136,8 +137,10 @@ class ThreadExecutor(_Closing):
 
 
 class ProcessExecutor(_Closing):
-    """Other processes of this machine. A process that dies takes its tasks with it: they end with WorkerLostError, and new
-    processes take its place.
+    """Other processes of this machine. A process that dies takes its task with it: it ends with WorkerLostError, and a new
+    process takes the place.
+
+    Each process has a connection of its own: whatever moment it is killed at, its end is noticed, and nobody else's.
 
     Args: processes: None = one for each processor this process may use.
     """
@@ -149,7 +152,10 @@ class ProcessExecutor(_Closing):
         self._slots = _checked(processes)
         self._lock = threading.Lock()
         self._closed = False
-        self._pool: ProcessPoolExecutor | None = None
+        self._cancelled = False
+        self._tasks: queue.SimpleQueue[tuple[Task, Future[Outcome]] | None] = queue.SimpleQueue()
+        self._processes: set[Any] = set()
+        self._threads: list[threading.Thread] = []
 
     @property
     def slots(self) -> int:
@@ -158,43 +164,86 @@ class ProcessExecutor(_Closing):
 
     def submit(self, task: Task, step: Step | None = None) -> Future[Outcome]:  # noqa: ARG002
         """Begins a task in a free process; `step` is ignored."""
+        future: Future[Outcome] = Future()
         with self._lock:
             if self._closed:
                 raise ExecutorError("processes: the executor is closed")
-            try:
-                inner = self._running().submit(perform, task)
-            except BrokenProcessPool:
-                self._pool = None
-                inner = self._running().submit(perform, task)
-            except OSError as error:
-                raise ExecutorError(f"processes: cannot be started: {error.strerror or error}") from error
-        outer: Future[Outcome] = Future()
-        inner.add_done_callback(lambda done: _copy(done, outer))
-        outer.add_done_callback(lambda done: done.cancelled() and inner.cancel())
-        return outer
+            if not self._threads:
+                self._threads = [
+                    threading.Thread(target=self._serve, name="csvfast-fleet-process", daemon=True) for _ in range(self._slots)
+                ]
+                for thread in self._threads:
+                    thread.start()
+            self._tasks.put((task, future))
+        return future
 
     def close(self, *, cancel: bool = False) -> None:
-        """cancel=True ends the processes."""
+        """cancel=True kills the processes: they change nothing."""
         with self._lock:
             self._closed = True
-            pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        if cancel:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-        pool.shutdown(wait=True, cancel_futures=cancel)
+            if cancel:
+                self._cancelled = True
+                for process in self._processes:
+                    process.kill()
+            for _ in self._threads:
+                self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _running(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            # Not forked: this process has threads. The workers end with this process, however it ends.
-            self._pool = ProcessPoolExecutor(
-                self._slots,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_begin_worker,
-                initargs=(os.getpid(),),
-            )
-        return self._pool
+    def _serve(self) -> None:
+        """Feeds one process after the other; what starts it must live as long as it does (PR_SET_PDEATHSIG)."""
+        running: tuple[Any, Connection] | None = None
+        while (job := self._tasks.get()) is not None:
+            task, future = job
+            if self._cancelled:
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                if running is None:
+                    running = self._start()
+                running[1].send(task)
+                outcome = running[1].recv()
+            except (EOFError, ConnectionError):
+                self._end(running)
+                running = None
+                future.set_exception(WorkerLostError("a worker process ended before its task was done"))
+            except OSError as error:
+                future.set_exception(ExecutorError(f"processes: cannot be started: {error.strerror or error}"))
+            except Exception as error:  # what cannot be pickled
+                future.set_exception(error)
+            else:
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+        self._end(running)
+
+    def _start(self) -> tuple[Any, Connection]:
+        # Not forked: this process has threads.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        try:
+            process = context.Process(target=_work, args=(theirs, os.getpid()), daemon=True)
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        with self._lock:
+            self._processes.add(process)
+            if self._cancelled:
+                process.kill()
+        return process, ours
+
+    def _end(self, running: tuple[Any, Connection] | None) -> None:
+        if running is not None:
+            process, connection = running
+            connection.close()  # it reads the end of its tasks
+            process.join()
+            with self._lock:
+                self._processes.discard(process)
 
 
 def make_executor(name: str, jobs: int | None = None) -> ThreadExecutor | ProcessExecutor:
@@ -213,20 +262,23 @@ def _checked(count: int | None) -> int:
     return wanted
 
 
-def _copy(inner: Future[Outcome], outer: Future[Outcome]) -> None:
-    if inner.cancelled():
-        outer.cancel()
-        outer.set_running_or_notify_cancel()
-        return
-    if not outer.set_running_or_notify_cancel():
-        return
-    error = inner.exception()
-    if isinstance(error, BrokenProcessPool):
-        outer.set_exception(WorkerLostError("a worker process ended before its task was done"))
-    elif error is not None:
-        outer.set_exception(error)
-    else:
-        outer.set_result(inner.result())
+def _work(connection: Connection, parent: int) -> None:
+    """What a worker process does."""
+    _begin_worker(parent)
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        outcome: Outcome | Exception
+        try:
+            outcome = perform(task)
+        except Exception as error:
+            outcome = error
+        try:
+            connection.send(outcome)
+        except ConnectionError:
+            return
 
 
 def _begin_worker(parent: int) -> None:

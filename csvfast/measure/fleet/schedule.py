@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any, Final
 
 from csvfast.measure.errors import ParameterError
-from csvfast.measure.fleet.executors import Executor, Pending, WorkerLostError
+from csvfast.measure.fleet.executors import Executor, ExecutorError, Pending, WorkerLostError
 from csvfast.measure.fleet.lanes import LANES, SMALL_BYTES
 from csvfast.measure.fleet.measuring import block_hash_of, covered, tree_row
 from csvfast.measure.fleet.rows import Identity, Item, Row
@@ -120,6 +120,8 @@ def run(
                     begin(flight.task, flight.tries + 1)
                     continue
                 outcome = _lost(flight, "lost", f"given up after {flight.tries + 1} workers: {error}")
+            except ExecutorError:
+                raise
             except Exception as error:
                 outcome = _lost(flight, "internal", f"{type(error).__name__}: {error}")
             if flight.counter is not None:
