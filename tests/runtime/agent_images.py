@@ -24,7 +24,7 @@ KEK = b"a key of thirty-two bytes, wraps"
 SECRET_LINE = "the plaintext that nobody but the guest may read\n"
 APPLETS = (
     "sh", "cat", "echo", "env", "id", "ls", "ps", "sleep", "hostname", "mount", "true", "false", "kill", "head", "ip", "grep",
-    "dd", "touch", "wc", "readlink",
+    "dd", "touch", "wc", "readlink", "unshare",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from runtime.agent_process import AgentProcess, busybox, leftovers
 from csvfast.errors import ContainerError
 from csvfast.image.layout import OciLayout
 from csvfast.runtime.agent.configuration import AgentConfiguration
+from csvfast.runtime.agent.seccomp import FORBIDDEN, filter_program
 from csvfast.runtime.agent_policy import AgentPolicy
 from csvfast.runtime.protocol import Frame
 
@@ -157,6 +159,24 @@ def test_namespaces_are_its_own(images: Registry, tmp_path: Path) -> None:
         agent.request("StartContainer", container="four")
         assert agent.finish(made["process"])[0] == 127
     assert leftovers(tmp_path / "work") == []
+
+
+def test_system_calls_that_are_forbidden(images: Registry, tmp_path: Path) -> None:
+    name = f"127.0.0.1:{images.port}/team/app:clear"
+    with agent_of("namespaces", tmp_path / "work") as agent:
+        agent.request("PullImage", image=name)
+        script = "grep -E '^Seccomp:' /proc/self/status; unshare -U true; unshare -m true; (true & wait); hostname x; echo on"
+        code, out, errors = agent.run("one", name, process={"args": [*SHELL, script]})
+        assert (code, out) == (0, "Seccomp:\t2\non\n")
+        assert errors.count("Operation not permitted") == 3
+
+
+def test_numbers_of_system_calls() -> None:
+    header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+    if os.uname().machine == "x86_64" and header.is_file():  # with the compiler that builds csvfast
+        numbers = dict(re.findall(r"^#define __NR_(\w+) (\d+)$", header.read_text(), re.MULTILINE))
+        assert {name: str(number) for name, number in FORBIDDEN.items()} == {name: numbers[name] for name in FORBIDDEN}
+    assert len(filter_program()) // 8 < 256
 
 
 def test_volumes_of_the_image(images: Registry, tmp_path: Path) -> None:

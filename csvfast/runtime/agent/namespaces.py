@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from csvfast.runtime.agent import seccomp
 from csvfast.runtime.agent import syscalls as system
 from csvfast.runtime.agent_policy import CAPABILITIES
 
@@ -247,6 +248,7 @@ def _become(process: Mapping[str, Any], last: int) -> None:
         system.raise_ambient(number)
     if process.get("noNewPrivileges", True):
         system.no_new_privileges()
+        seccomp.install()
     system.die_with_parent(signal.SIGKILL)
     os.umask(user.get("umask", 0o022))
     os.chdir(directory)

@@ -16,7 +16,7 @@ __all__ = [
     "CLONE_NEWCGROUP", "CLONE_NEWIPC", "CLONE_NEWNET", "CLONE_NEWNS", "CLONE_NEWPID", "CLONE_NEWUTS", "MNT_DETACH", "MS_BIND",
     "MS_NODEV", "MS_NOEXEC", "MS_NOSUID", "MS_PRIVATE", "MS_RDONLY", "MS_REC", "MS_REMOUNT", "die_with_parent", "drop_bounding",
     "mount", "move_tree", "no_new_privileges", "not_dumpable", "open_tree",
-    "pivot_root", "raise_ambient", "set_capabilities", "set_keep",
+    "pivot_root", "raise_ambient", "set_capabilities", "set_filter", "set_keep",
     "set_subreaper", "setns", "umount", "unshare",
 ]  # fmt: skip
 
@@ -120,6 +120,11 @@ def no_new_privileges() -> None:
 def not_dumpable() -> None:
     """Nobody without CAP_SYS_PTRACE looks into this process, until it executes a program."""
     _prctl(4, 0, what="dumpable")
+
+
+def set_filter(address: int) -> None:
+    """A filter of system calls. In: address   of a struct sock_fprog"""
+    _prctl(22, 2, address, "seccomp filter")
 
 
 def set_keep() -> None:
