@@ -28,6 +28,8 @@ from csvfast.report.layout import Report
 from csvfast.report.policy import GuestPolicy
 from csvfast.report.request import ReportRequest
 from fuzz.archive_targets import ConfigurationTarget, LayerTarget, UsersTarget
+from fuzz.fleet_targets import DiskTarget, ListTarget
+from fuzz.fleet_targets import ManifestTarget as FleetManifestTarget
 from fuzz.kbs_targets import (
     JsonInputTarget,
     JweTarget,
@@ -350,6 +352,9 @@ TARGETS: dict[str, type[Target]] = {
     "evidence": EvidenceTarget,
     "evidence-json": EvidenceJsonTarget,
     "event-log": EventLogTarget,
+    "fleet-disk": DiskTarget,
+    "fleet-list": ListTarget,
+    "fleet-manifest": FleetManifestTarget,
     "session": SessionTarget,
     "key": KeyTarget,
     "mailbox": MailboxTarget,

@@ -287,6 +287,8 @@ def test_ledgers(tmp_path: Path) -> None:
         (whole + b"{}\n", "line 103: a row needs a name"),
         (whole + b'{"name": 1}\n', "line 103: a row's name is 1"),
         (whole + b'{"name":\n', "line 103: column 9"),
+        (whole + b'{"name": "a", "mode": "linear", "error": "kind", "started": NaN}\n', "line 103: a row's started is nan"),
+        (whole + b'{"name": "a", "mode": "linear", "error": "kind", "size": -1}\n', "line 103: a row's size is -1"),
     ):
         path.write_bytes(text)
         if message is None:

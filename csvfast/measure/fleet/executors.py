@@ -12,8 +12,8 @@ An executor takes tasks and gives back futures. It knows nothing of files, rows 
     local                True: tasks run in this process, and `step` is called while they run. False: `step` is ignored
     close(cancel)        returns when nothing runs any more. cancel=True: tasks under way are ended as early as possible, and
                          their futures are cancelled or end with an exception
-    ExecutorError        raised by submit() or the constructor, or what a future ends with: the executor as a whole is not there (any more); it
-                         ends the job, whose finished rows are kept
+    ExecutorError        raised by submit() or the constructor, or what a future ends with: the executor as a whole is not
+                         there (any more); it ends the job, whose finished rows are kept
 
 Callbacks of futures may run in any thread; the scheduler's do nothing but put the future into a queue.
 """

@@ -271,6 +271,8 @@ class Row:
                 raise RecipeError(f"a row has a member {name!r}; expected {', '.join(_ROW)}")
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise RecipeError(f"a row's {name} is {value!r}; expected {kinds[0].__name__}")
+            if isinstance(value, int | float) and not 0 <= value < 1 << 63:
+                raise RecipeError(f"a row's {name} is {value!r}; expected a number from 0 on")
         for name, allowed in (("mode", MODES), ("content", CONTENTS), ("error", ERROR_KINDS)):
             if name in values and values[name] not in allowed:
                 raise RecipeError(f"a row's {name} is {values[name]!r}; expected one of {', '.join(allowed)}")
