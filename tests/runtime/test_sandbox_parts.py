@@ -5,9 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from csvfast.image.layout import OciLayout
 from csvfast.image.manifest import Manifest
 from csvfast.image.reference import parse_reference
 from csvfast.image.registry import RegistryClient
+from csvfast.runtime.control import ControlDoor, ask
 from csvfast.runtime.executor import executor_of
 from csvfast.runtime.executor_process import launch_blob
 from csvfast.runtime.image_cache import image_identity, mirror_image
@@ -341,3 +343,55 @@ def test_a_layouts_name_does_not_tell_where_it_is(layout: OciLayout) -> None:
         RunOptions(image=f"oci:{layout.path}:1", direct=True), "127.0.0.1", Timings()
     ):
         pass
+
+
+# ---- Requests of other commands
+
+
+@pytest.fixture
+def door(root: Path) -> Iterator[Path]:
+    directory = ContainerDirectory("one", root)
+
+    def answer(request: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
+        if request["request"] == "keep":
+            os.write(descriptors[0], b"kept")
+            return {"count": len(descriptors)}
+        if request["request"] == "policy":
+            raise ContainerError("policy", "not that")
+        raise KeyError(request["request"])
+
+    with ControlDoor(directory.path, answer):
+        yield root
+    directory.remove()
+
+
+def test_descriptors_travel_and_are_closed(door: Path) -> None:
+    read, write = os.pipe()
+    assert ask(door, "one", "keep", descriptors=[write, write, write]) == {"count": 3}
+    os.close(write)
+    assert os.read(read, 10) == b"kept"
+    assert os.read(read, 10) == b""  # nobody holds the other end any more
+    os.close(read)
+
+
+def test_errors_of_requests(door: Path) -> None:
+    with pytest.raises(ContainerError) as refusal:
+        ask(door, "one", "policy")
+    assert (refusal.value.kind, refusal.value.problem) == ("policy", "not that")
+    with pytest.raises(ContainerError, match="KeyError"):
+        ask(door, "one", "nonsense")
+    with pytest.raises(ContainerError, match="there is no container two"):
+        ask(door, "two", "state")
+
+
+@pytest.mark.parametrize("data", [b"\n", b"{}\n", b"[1]\n", b"\xff\xfe\n", b"{" * 5000 + b"\n", b"no end", b'{"request": 1}\n'])
+def test_garbage_on_the_control_socket(door: Path, data: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(door / "one" / "control.sock"))
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer == b"" or "error" in json.loads(answer)
+    with pytest.raises(ContainerError, match="not that"):
+        ask(door, "one", "policy")
