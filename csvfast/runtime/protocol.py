@@ -249,6 +249,11 @@ class Connection:
         with self.changed:
             return self.changed.wait_for(lambda: self._closed, timeout)
 
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Waits until every request of the other side has its reply. False: one has none after `timeout` seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not self._serving or self._closed, timeout)
+
     def request(self, method: str, parameters: Mapping[str, Any] | None = None, timeout: float | None = None) -> dict[str, Any]:
         """Asks the other side and waits for its result.
 

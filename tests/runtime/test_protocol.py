@@ -73,6 +73,18 @@ def test_requests_do_not_wait_for_each_other(ends: tuple[Connection, Connection]
     slow.join(10)
 
 
+def test_waiting_for_the_last_reply(ends: tuple[Connection, Connection]) -> None:
+    host, agent = ends
+    assert agent.wait_idle(0)
+    slow = threading.Thread(target=host.request, args=("Sleep", {"seconds": 0.2}))
+    slow.start()
+    while agent.wait_idle(0) and slow.is_alive():
+        time.sleep(0.001)
+    assert not agent.wait_idle(0.01)
+    assert agent.wait_idle(10)
+    slow.join(10)
+
+
 def test_too_many_requests(ends: tuple[Connection, Connection]) -> None:
     host, _ = ends
     kinds: list[str] = []

@@ -5,7 +5,8 @@
     --executor vm|emulator|native|namespaces
     --work DIRECTORY            private; in a virtual machine: in its memory
     --report-socket PATH --vcpu-socket PATH --guest HANDLE      of a simulated platform; without them the processor's channel
-    --dram, --dram-address, --dram-size, --memory-key, --window, --memory     of the emulator
+    --dram FD --dram-address BYTES --memory-key FD --memory BYTES --window ...     of the emulator: the guest's RAM in the
+                                platform's DRAM, and a pipe from which its key is read
     --runtime runc|crun|bwrap   for native; without it the first of them that is there
 
 It ends with the wire, or after DestroySandbox.
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _OPTIONS: Final = frozenset({
-    "link", "configuration", "executor", "work", "report-socket", "vcpu-socket", "guest", "dram", "dram-address", "dram-size",
+    "link", "configuration", "executor", "work", "report-socket", "vcpu-socket", "guest", "dram", "dram-address",
     "memory-key", "window", "memory", "runtime",
 })  # fmt: skip
 _NEEDED: Final = ("link", "configuration", "executor")
@@ -83,7 +84,7 @@ def _serve(options: Mapping[str, str], work: Path, spawner: Spawner, begin: floa
         while not agent.done.wait(0.5) and not connection.is_closed:
             if spawner.lost.is_set() and not agent.closing:
                 raise ContainerError("state", "the process that runs the containers is gone")
-        time.sleep(0.05)  # the last reply leaves
+        connection.wait_idle(2.0)  # the last reply leaves
     finally:
         agent.close()
         spawner.close()
@@ -94,10 +95,13 @@ def _serve(options: Mapping[str, str], work: Path, spawner: Spawner, begin: floa
 def _runner(options: Mapping[str, str], work: Path, spawner: Spawner) -> Runner:
     executor = options["executor"]
     if executor == "emulator":
-        from csvfast.runtime.agent.containers_emulator import EmulatorRunner
+        from csvfast.runtime.agent.containers_emulator import EmulatorRunner, GuestRam
 
-        memory = int(options.get("memory") or options.get("dram-size") or 256 << 20)
-        return EmulatorRunner(work, memory, _window(options.get("window", "256K"), memory))
+        memory = int(options.get("memory", 256 << 20))
+        ram = None
+        if "dram" in options:
+            ram = GuestRam(int(options["dram"]), int(options["dram-address"]), memory, int(options["memory-key"]))
+        return EmulatorRunner(work, memory, _window(options.get("window", "256K"), memory), ram)
     if executor == "native":
         from csvfast.runtime.agent.containers_native import native_runner
 

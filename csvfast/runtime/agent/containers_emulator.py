@@ -1,14 +1,17 @@
 """Containers on the emulated processor: static programs, their memory and their files' contents ciphertext.
 
 The tree's key is made here, at random, and goes to the emulators' processes alone. Each program, with those it forks, has a
-machine of its own; they have the container's files in common, nothing else. Thread-safety: as Runner.
+machine of its own, in a part of the guest's RAM: half of the largest that is free. They have the container's files in common,
+nothing else. Thread-safety: as Runner.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from csvfast.errors import ContainerError, CsvfastError
 from csvfast.runtime.agent.containers import Bundle, Program, Runner
@@ -16,10 +19,75 @@ from csvfast.runtime.agent.containers import Bundle, Program, Runner
 if TYPE_CHECKING:
     from csvfast.image.tree import ContentStore
     from csvfast.image.users import ReadFile
-    from csvfast.machine.emulator.child import EmulatedProcess
+    from csvfast.machine.emulator.child import EmulatedProcess, SharedDram
     from csvfast.machine.emulator.tree import EncryptedTree
 
-__all__ = ["EmulatorRunner"]
+__all__ = ["EmulatorRunner", "GuestRam"]
+
+_PART: Final = 1 << 20  # parts are whole MiB
+
+
+class GuestRam:
+    """The guest's RAM in the platform's DRAM, in parts for programs.
+
+    In: descriptor   of the DRAM; taken over
+        address      of the RAM in it, bytes; system physical
+        size         bytes
+        key          pipe from which the guest's key is read: 32 bytes; taken over
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, descriptor: int, address: int, size: int, key: int) -> None:
+        from csvfast.crypto import Secret
+
+        self._descriptor, self._address = descriptor, address
+        self._free = [(0, size // _PART)]  # first part, number of parts
+        self._lock = threading.Lock()
+        with open(key, "rb", buffering=0) as pipe:
+            held = bytearray(33)
+            got = 0
+            while count := pipe.readinto(memoryview(held)[got:]):
+                got += count
+        try:
+            if got != 32:
+                raise ContainerError("launch", f"the memory's key has {got} bytes; expected 32")
+            self._key = Secret(memoryview(held)[:32])
+        finally:
+            held[:] = bytes(33)
+
+    def take(self, most: int) -> tuple[SharedDram, int]:
+        """A part for one program. In: most   bytes. Out: it, and its bytes. ContainerError ("limit"): there is none."""
+        from csvfast.machine.emulator.child import SharedDram
+
+        with self._lock:
+            start, length = max(self._free, key=lambda one: one[1], default=(0, 0))
+            wanted = min(max(length // 2, 1), most // _PART)
+            if length == 0 or wanted == 0:
+                raise ContainerError("limit", "the guest's RAM is full: no MiB of it is free for another program")
+            self._free.remove((start, length))
+            if length > wanted:
+                self._free.append((start + wanted, length - wanted))
+        return SharedDram(self._descriptor, self._address + start * _PART, self._key), wanted * _PART
+
+    def give(self, part: SharedDram, size: int) -> None:
+        """Takes a part back. Another program never reads what stands there: its frames begin as zeros."""
+        with self._lock:
+            self._free.append(((part.address - self._address) // _PART, size // _PART))
+            self._free.sort()
+            joined: list[tuple[int, int]] = []
+            for start, length in self._free:
+                if joined and sum(joined[-1]) == start:
+                    joined[-1] = (joined[-1][0], joined[-1][1] + length)
+                else:
+                    joined.append((start, length))
+            self._free = joined
+
+    def close(self) -> None:
+        """The key is wiped. Idempotent."""
+        self._key.wipe()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class EmulatorRunner(Runner):
@@ -28,12 +96,15 @@ class EmulatorRunner(Runner):
     In: work    directory below which images are unpacked
         memory  bytes for each program
         window  bytes of plaintext
+        ram     that programs' memory stands in; None = memory of their own, under keys of their own
     """
 
     name = "emulator"
     options: Mapping[str, Any] = {"seccomp": False}
 
-    def __init__(self, work: Path, memory: int = 256 << 20, window: int = 256 << 10) -> None:
+    def __init__(
+        self, work: Path, memory: int = 256 << 20, window: int = 256 << 10, ram: GuestRam | None = None
+    ) -> None:
         import secrets
 
         from csvfast.crypto import Secret
@@ -42,7 +113,7 @@ class EmulatorRunner(Runner):
 
         self._new_process: Callable[[], EmulatedProcess] = EmulatedProcess
         self._spare: EmulatedProcess | None = EmulatedProcess()  # it takes a tenth of a second: early
-        self._memory, self._window = memory, window
+        self._memory, self._window, self._ram = memory, window, ram
         self._hostname = ""
         key = bytearray(secrets.token_bytes(32))
         self._key = Secret(key)
@@ -91,6 +162,10 @@ class EmulatorRunner(Runner):
     def _start(self, bundle: Bundle, process: Mapping[str, Any], standard: Sequence[int]) -> Program:
         user = process["user"]
         limit = bundle.spec.get("linux", {}).get("resources", {}).get("memory", {}).get("limit", self._memory)
+        memory = min(limit, self._memory) >> 20 << 20
+        part: SharedDram | None = None
+        if self._ram is not None:
+            part, memory = self._ram.take(memory)
         child, self._spare = self._spare or self._new_process(), None
         arguments = list(process["args"])
         environment = dict(setting.split("=", 1) for setting in process["env"])
@@ -107,13 +182,16 @@ class EmulatorRunner(Runner):
                 user=(user["uid"], user["gid"]),
                 groups=user.get("additionalGids", ()),
                 hostname=self._hostname,
-                memory=min(limit, self._memory) >> 20 << 20,
-                window=self._window,
+                memory=memory,
+                window=min(self._window, memory),
+                dram=part,
             )
         except BaseException:
             child.close()
+            if self._ram is not None and part is not None:
+                self._ram.give(part, memory)
             raise
-        return _Emulated(child)
+        return _Emulated(child, self._ram, part, memory)
 
     def close(self) -> None:
         """See Runner."""
@@ -124,6 +202,8 @@ class EmulatorRunner(Runner):
             tree.close()
         self._trees.clear()
         self._key.wipe()
+        if self._ram is not None:
+            self._ram.close()
 
     def _tree(self, rootfs: Path) -> EncryptedTree:
         from csvfast.machine.emulator.tree import EncryptedTree
@@ -151,11 +231,12 @@ class EmulatorRunner(Runner):
 
 
 class _Emulated:
-    """One emulated program."""
+    """One emulated program, and its part of the RAM."""
 
-    def __init__(self, process: EmulatedProcess) -> None:
+    def __init__(self, process: EmulatedProcess, ram: GuestRam | None, part: SharedDram | None, size: int) -> None:
         self.pid = process.pid
         self._process = process
+        self._ram, self._part, self._size = ram, part, size
 
     def wait(self, seconds: float | None = None) -> int | None:
         """See Program. ContainerError: the machine ended it."""
@@ -174,3 +255,6 @@ class _Emulated:
     def close(self) -> None:
         """See Program."""
         self._process.close()
+        part, self._part = self._part, None
+        if self._ram is not None and part is not None:
+            self._ram.give(part, self._size)
