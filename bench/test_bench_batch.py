@@ -81,6 +81,7 @@ def test_large_files(large: Path, access: str) -> None:
     compare(f"32 files of 8 MiB, {access}", LARGE_FILES, lambda: loop(large), lambda: job(large, access=access))
 
 
+@pytest.mark.parametrize("access", ["read", "mmap"])
 @pytest.mark.parametrize("mode", ["tree", "verity"])
-def test_trees(large: Path, mode: str) -> None:
-    compare(f"32 files of 8 MiB, {mode}", LARGE_FILES, lambda: loop(large), lambda: job(large, mode))
+def test_trees(large: Path, mode: str, access: str) -> None:
+    compare(f"32 files of 8 MiB, {mode}, {access}", LARGE_FILES, lambda: loop(large), lambda: job(large, mode, access=access))

@@ -9,7 +9,8 @@ import pytest
 from fuzz import campaign, targets
 from fuzz.targets import TARGETS, Target
 
-INPUTS = {"evidence-json": 3000, "fleet-list": 4000, "fleet-manifest": 4000, "mailbox": 3000, "mailbox-csv3": 2000, "image-layer": 3000, "image-registry": 3000}
+INPUTS = {"fleet-list": 4000, "fleet-manifest": 4000}
+INPUTS |= {"evidence-json": 3000, "mailbox": 3000, "mailbox-csv3": 2000, "image-layer": 3000, "image-registry": 3000}
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))

@@ -25,7 +25,7 @@ from csvfast.measure.fleet.executors import Executor, ThreadExecutor
 from csvfast.measure.fleet.ledger import Ledger
 from csvfast.measure.fleet.rows import Content, Item, Key, Mode, Options, Row
 from csvfast.measure.fleet.schedule import plan, run
-from csvfast.measure.source import AnyPath
+from csvfast.measure.source import Access, AnyPath
 
 __all__ = ["Job", "JobProgress", "batch"]
 
@@ -95,7 +95,7 @@ class Job:
         ledger: AnyPath | None = None,
         fresh: bool = False,
         retries: int = 3,
-        access: str = "read",
+        access: Access = "read",
         progress: Callable[[JobProgress], None] | None = None,
     ) -> None:
         if access not in ("read", "mmap"):

@@ -7,7 +7,7 @@ each worker returns the digests of its blocks (1/128 of the bytes), and whoever 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from csvfast.measure.errors import EmptySourceError, SourceChangedError
@@ -17,12 +17,13 @@ from csvfast.measure.fleet.rows import Identity, Item, Row
 from csvfast.measure.fleet.tasks import RangeOutcome, RangeTask, Step, StoppedError, WholeTask
 from csvfast.measure.image import PAGE_BYTES
 from csvfast.measure.recipe import load_recipe
-from csvfast.measure.source import STDIN
+from csvfast.measure.source import STDIN, Access
 from csvfast.measure.tree import BlockHash, TreeBuilder
 
 __all__ = ["block_hash_of", "covered", "measure_range", "measure_whole", "tree_row"]
 
 STEP_BYTES: Final = 512 << 10
+WINDOW_BYTES: Final = 4 << 20
 READ_AHEAD_BYTES: Final = 8 << 20
 
 
@@ -30,12 +31,12 @@ def measure_whole(task: WholeTask, step: Step | None, worker: str) -> list[Row]:
     """One row for each item, in their order."""
     rows: list[Row | None] = [None] * len(task.items)
     linear = [place for place, item in enumerate(task.items) if item.mode == "linear"]
-    lanes = measure_lanes([task.items[place] for place in linear], step, worker, "mmap" if task.access == "mmap" else "read")
+    lanes = measure_lanes([task.items[place] for place in linear], step, worker, task.access)
     for place, row in lanes:
         rows[linear[place]] = row
     for place, item in enumerate(task.items):
         if item.mode != "linear":
-            rows[place] = _guarded(item, worker, step)
+            rows[place] = _guarded(item, worker, step, task.access)
     return [row for row in rows if row is not None]
 
 
@@ -43,7 +44,7 @@ def measure_range(task: RangeTask, step: Step | None, worker: str) -> RangeOutco
     """The leaves of a range, or the item's row with an error."""
     started, before = time.time(), time.perf_counter()
     try:
-        source = open_item(task.item)
+        source = open_item(task.item, task.access)
         try:
             parts = list(_leaves(source, task.item, task.start, min(task.stop, covered(task.item, source.size)), step))
             source.check_unchanged()
@@ -98,22 +99,21 @@ def tree_row(
     )
 
 
-def _guarded(item: Item, worker: str, step: Step | None) -> Row:
+def _guarded(item: Item, worker: str, step: Step | None, access: Access) -> Row:
     started = time.time()
-    measure: Callable[[Item, str, Step | None], Row] = _launch if item.mode == "launch" else _tree
     try:
-        return measure(item, worker, step)
+        return _launch(item, worker, step) if item.mode == "launch" else _tree(item, worker, step, access)
     except StoppedError:
         raise
     except Exception as error:
         return Row.failed(item, *error_of(error), started=started, worker=worker)
 
 
-def _tree(item: Item, worker: str, step: Step | None) -> Row:
+def _tree(item: Item, worker: str, step: Step | None, access: Access) -> Row:
     started, before = time.time(), time.perf_counter()
     block_hash, block_bytes = block_hash_of(item)
     builder = TreeBuilder(block_hash, block_bytes)
-    source = open_item(item)
+    source = open_item(item, access)
     try:
         for leaves in _leaves(source, item, 0, covered(item, source.size), step):
             builder.add(leaves)
@@ -125,6 +125,17 @@ def _tree(item: Item, worker: str, step: Step | None) -> Row:
 
 def _leaves(source: Readable, item: Item, start: int, stop: int, step: Step | None) -> Iterator[bytes]:
     block_hash, block_bytes = block_hash_of(item)
+    if isinstance(source, FileSource) and source.access == "mmap":
+        # Whole blocks as they are; what is left is read.
+        whole = start + (stop - start) // block_bytes * block_bytes
+        for offset in range(start, whole, WINDOW_BYTES):
+            count = min(WINDOW_BYTES, whole - offset)
+            with source.map(offset, count) as mapping, memoryview(mapping) as view:
+                leaves = block_hash.digests(view, block_bytes)
+            yield leaves
+            if step is not None:
+                step(count)
+        start = whole
     room = max(STEP_BYTES, block_bytes)
     buffer = bytearray(min(room, -(-max(stop - start, 0) // block_bytes) * block_bytes))
     with memoryview(buffer) as view:

@@ -21,6 +21,7 @@ from csvfast.measure.fleet.lanes import LANES, SMALL_BYTES
 from csvfast.measure.fleet.measuring import block_hash_of, covered, tree_row
 from csvfast.measure.fleet.rows import Identity, Item, Row
 from csvfast.measure.fleet.tasks import RANGE_BYTES, RangeOutcome, RangeTask, Step, Task, WholeOutcome, WholeTask
+from csvfast.measure.source import Access
 from csvfast.measure.tree import TreeBuilder
 
 __all__ = ["plan", "run"]
@@ -31,7 +32,7 @@ TASK_BYTES: Final = 32 << 20
 TASK_FILES: Final = 512
 
 
-def plan(items: Iterable[Item], slots: int, access: str = "read") -> Iterator[Task]:
+def plan(items: Iterable[Item], slots: int, access: Access = "read") -> Iterator[Task]:
     """The tasks that measure all items: small ones while they are being found, then large ones, the largest first."""
     numbers = count()
     large: list[Item] = []
@@ -55,7 +56,7 @@ def plan(items: Iterable[Item], slots: int, access: str = "read") -> Iterator[Ta
     for item in large:
         end = covered(item, item.size or 0)
         for start in range(0, end, RANGE_BYTES):
-            yield RangeTask(next(numbers), item, start, min(start + RANGE_BYTES, end))
+            yield RangeTask(next(numbers), item, start, min(start + RANGE_BYTES, end), access)
     streams.sort(key=lambda item: -(item.size or 0))
     each = max(1, min(LANES, -(-len(streams) // max(slots, 1))))
     for at in range(0, len(streams), each):

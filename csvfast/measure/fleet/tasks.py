@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from csvfast.measure.fleet.rows import Identity, Item, Row
+from csvfast.measure.source import Access
 
 __all__ = [
     "RANGE_BYTES",
@@ -50,7 +51,7 @@ class WholeTask:
 
     number: int
     items: tuple[Item, ...]
-    access: str = "read"
+    access: Access = "read"
 
     @property
     def size(self) -> int:
@@ -62,13 +63,14 @@ class WholeTask:
 class RangeTask:
     """Leaves of the tree over a part of one large item (modes "tree" and "verity"): bytes start to stop.
 
-    start is a multiple of RANGE_BYTES, stop one of the block size, or the end of the source.
+    start is a multiple of RANGE_BYTES, stop one of the block size, or the end of the source. access: as of WholeTask.
     """
 
     number: int
     item: Item
     start: int
     stop: int
+    access: Access = "read"
 
     @property
     def size(self) -> int:
