@@ -118,7 +118,7 @@ class EncryptedMemory(_core.Engine):
                 except OSError as error:
                     free = os.fstatvfs(descriptor)
                     room = f"{offset + size} bytes are needed, {free.f_bavail * free.f_frsize} are free"
-                    raise OSError(error.errno, f"{os.strerror(error.errno)}: {room}", os.fspath(path)) from None
+                    raise OSError(error.errno, f"{os.strerror(error.errno or 0)}: {room}", os.fspath(path)) from None
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise errors.ArgumentError(f"{path} is not a regular file")

@@ -1,11 +1,16 @@
-"""`emulator`: static programs on an emulated CPU, their memory in a DRAM of its own under a key that the emulator made."""
+"""`emulator`: static programs on an emulated CPU, their memory the guest's RAM: in the platform's DRAM under the guest's key."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+from typing import TYPE_CHECKING
 
 from csvfast.runtime.executor import ExecutorName, LaunchPlan
 from csvfast.runtime.executor_process import GUEST_BYTES, ProcessExecutor
+
+if TYPE_CHECKING:
+    from csvfast.runtime.host import HostMachine
 
 __all__ = ["EmulatorExecutor"]
 
@@ -18,7 +23,7 @@ class EmulatorExecutor(ProcessExecutor):
     def statement(self) -> str:
         """See Executor."""
         return (
-            "encrypted are the programs' memory (SM4-XTS in the emulator's DRAM, but for the pages of the window) and the "
+            "encrypted are the programs' memory (SM4-XTS in the DRAM, but for the pages of the window) and the "
             "contents of the container's files. In the clear are the agent, which handles the layers and their keys, the "
             "emulated CPU's registers and window, and file names: parts of processes of this machine, whose administrator can "
             "read them"
@@ -30,10 +35,18 @@ class EmulatorExecutor(ProcessExecutor):
             return "Unicorn is missing; pip install 'csvfast[unicorn]'"
         return None
 
-    def guest_bytes(self, _plan: LaunchPlan) -> int:
-        """See ProcessExecutor. The processor's guest holds the page of its requests; the emulated CPU has a DRAM of its own."""
-        return GUEST_BYTES
+    def guest_bytes(self, plan: LaunchPlan) -> int:
+        """See ProcessExecutor. The programs' memory, and behind it the page of the agent's requests."""
+        return plan.memory + GUEST_BYTES
 
-    def more_arguments(self, plan: LaunchPlan) -> list[str]:
-        """See ProcessExecutor."""
-        return ["--memory", str(plan.memory), *(["--window", plan.window] if plan.window else [])]
+    def more_arguments(self, host: HostMachine, plan: LaunchPlan, handle: int, descriptors: list[int]) -> list[str]:
+        """See ProcessExecutor. The agent is the memory controller: it gets the guest's key by a pipe."""
+        ram = next(found for found in host.machine.guest_ranges(handle) if found.guest_physical == 0)
+        key, pipe = os.pipe2(os.O_CLOEXEC)
+        descriptors += [key, dram := os.dup(host.descriptor)]
+        try:
+            host.processor.key_memory_controller(handle, pipe)
+        finally:
+            os.close(pipe)
+        arguments = ["--dram", str(dram), "--dram-address", str(ram.address), "--memory-key", str(key)]
+        return [*arguments, "--memory", str(plan.memory), *(["--window", plan.window] if plan.window else [])]

@@ -295,13 +295,15 @@ class ProcessExecutor(Executor):
         configuration = _sealed(plan.configuration)
         ours, theirs = socket.socketpair()
         inherited = [folder, configuration, theirs.fileno()]
+        ours_alone: list[int] = []
         try:
             arguments = [
                 "--link", str(theirs.fileno()), "--configuration", str(configuration), "--executor", self.name,
                 "--work", str(plan.work), "--report-socket", report, "--vcpu-socket", vcpu,
                 "--guest", str(guest.launch.handle),
             ]  # fmt: skip
-            arguments += self.more_arguments(plan)
+            arguments += self.more_arguments(host, plan, guest.launch.handle, ours_alone)
+            inherited += ours_alone
             guest.process = AgentProcess(
                 arguments, descriptors=inherited, environment=_environment(plan.work), ended=guest.close
             )
@@ -310,9 +312,11 @@ class ProcessExecutor(Executor):
             ours.close()
             theirs.close()
             os.close(configuration)
+            for descriptor in ours_alone:
+                os.close(descriptor)
 
-    def more_arguments(self, _plan: LaunchPlan) -> list[str]:
-        """More arguments of the agent."""
+    def more_arguments(self, _host: HostMachine, _plan: LaunchPlan, _handle: int, _descriptors: list[int]) -> list[str]:
+        """More arguments of the agent. Descriptors that it is to inherit go into the list, and are closed here afterwards."""
         return []
 
     def _serve_reports(self, host: HostMachine, folder: int, stack: ExitStack) -> tuple[str, str]:

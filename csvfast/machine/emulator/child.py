@@ -1,8 +1,8 @@
 """EmulatedProcess: an emulated program as a child process, for callers that have threads and other work of their own.
 
 The child is a new Python, so nothing of the caller's memory reaches it but what start() hands over: settings, the standard
-streams, the root, and an encrypted tree's key, through a socket pair that only the two hold. It ends when the caller does,
-however that ends.
+streams, the root, and the keys of an encrypted tree and of a platform's memory, through a socket pair that only the two hold.
+It ends when the caller does, however that ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from csvfast import errors
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["EmulatedProcess"]
+    from csvfast.memory import EncryptedMemory
+
+__all__ = ["EmulatedProcess", "SharedDram"]
 
 _LENGTH: Final = struct.Struct("<I")
 _MAX: Final = 4 << 20  # bytes of a message: arguments and environment
@@ -36,6 +39,20 @@ _START: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from csvfast.machine.emulator.child import main; main(int(sys.argv[2]))"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class SharedDram:
+    """A part of a platform's DRAM that is a guest's, for the memory of one program: as many bytes of it as the program gets.
+
+    descriptor  of the DRAM's file
+    address     of the part in the file, and its system physical address: a multiple of 4096
+    key         the guest's, 32 bytes
+    """
+
+    descriptor: int
+    address: int
+    key: Secret = field(repr=False)
 
 
 class EmulatedProcess:
@@ -87,7 +104,7 @@ class EmulatedProcess:
         network: bool = False,
         memory: int = 256 << 20,
         window: int = 256 << 10,
-        dram: str | os.PathLike[str] | None = None,
+        dram: str | os.PathLike[str] | SharedDram | None = None,
         instructions: int | None = None,
         seconds: float | None = None,
     ) -> None:
@@ -96,6 +113,7 @@ class EmulatedProcess:
         In: stdin, stdout, stderr   descriptors, which the caller keeps and may close; None = /dev/null
             user, groups   with root's rights the child becomes that user of the host's for good; without, the program only
                            sees that user (run_program)
+            dram   a file, as run_program() takes it, or a part of a platform's DRAM; None = memory of its own
             others as run_program() takes them
         Raises: ContainerError (kind "executor") when the child has gone already, RuntimeError on a second call.
         """
@@ -105,7 +123,7 @@ class EmulatedProcess:
         settings = {
             "program": program, "arguments": list(arguments), "directory": directory, "memory": memory, "window": window,
             "environment": None if environment is None else dict(environment), "user": user, "groups": list(groups),
-            "hostname": hostname, "network": network, "dram": None if dram is None else os.fspath(os.path.abspath(dram)),  # noqa: PTH100
+            "hostname": hostname, "network": network, "dram": _named(dram),
             "instructions": instructions, "seconds": seconds, "tree": isinstance(root, EncryptedTree),
         }  # fmt: skip
         text = json.dumps(settings).encode("utf-8", "surrogateescape")
@@ -124,10 +142,14 @@ class EmulatedProcess:
             else:
                 opened.append(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
                 descriptors.append(opened[-1])
+            if isinstance(dram, SharedDram):
+                descriptors.append(dram.descriptor)
             socket.send_fds(self._control, [_LENGTH.pack(len(text))], descriptors)
             self._control.sendall(text)
             if isinstance(root, EncryptedTree):
                 self._control.sendall(root.key)
+            if isinstance(dram, SharedDram):
+                self._control.sendall(dram.key)
         except (BrokenPipeError, ConnectionResetError):
             self.kill()
             self._problem = errors.ContainerError("executor", "the emulator's process ended before it was started")
@@ -221,7 +243,7 @@ def main(descriptor: int) -> None:
     from csvfast.machine.emulator.run import run_program
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no plaintext and no key in a file
-    settings, descriptors, key = _receive(control)
+    settings, descriptors, key, dram_key = _receive(control)
     for number in (0, 1, 2):
         os.dup2(descriptors[number], number)
         os.close(descriptors[number])
@@ -234,9 +256,13 @@ def main(descriptor: int) -> None:
             root = EncryptedTree(f"/proc/self/fd/{descriptors[3]}", key=key, _lock=descriptors[4])
         else:
             root = f"/proc/self/fd/{descriptors[3]}"
+        if dram_key is not None:
+            # As the caller's user: another one may not be allowed to open it.
+            settings["dram"] = _shared(descriptors[-1], settings["dram"]["address"], settings["memory"], dram_key)
+            dram_key.wipe()
         user = settings["user"] = None if settings["user"] is None else (int(settings["user"][0]), int(settings["user"][1]))
         if user is not None:
-            if settings["dram"] is not None and os.geteuid() == 0:
+            if isinstance(settings["dram"], str) and os.geteuid() == 0:
                 _own(settings["dram"], settings["memory"], user)
             if become(user, settings["groups"]):
                 settings["user"] = None
@@ -261,18 +287,39 @@ def _own(dram: str, memory: int, user: tuple[int, int]) -> None:
         os.close(descriptor)
 
 
-def _receive(control: socket.socket) -> tuple[dict[str, Any], list[int], Secret | None]:
+def _named(dram: str | os.PathLike[str] | SharedDram | None) -> str | dict[str, int] | None:
+    """As the child is told."""
+    if isinstance(dram, SharedDram):
+        return {"address": dram.address}
+    return None if dram is None else os.fspath(os.path.abspath(dram))  # noqa: PTH100
+
+
+def _shared(descriptor: int, address: int, memory: int, key: Secret) -> EncryptedMemory:
+    """The part of the platform's DRAM, at its addresses there: tweaks are the platform's."""
+    from csvfast.machine.emulator.run import ASID
+    from csvfast.memory import EncryptedMemory
+
+    engine = EncryptedMemory(memory, path=f"/proc/self/fd/{descriptor}", file_offset=address, base_address=address)
+    engine.install(ASID, key)
+    os.close(descriptor)
+    return engine
+
+
+def _receive(control: socket.socket) -> tuple[dict[str, Any], list[int], Secret | None, Secret | None]:
     head, descriptors, _, _ = socket.recv_fds(control, _LENGTH.size, 8)
     if len(head) < _LENGTH.size:
         os._exit(0)  # never started
     text = _exactly(control, _LENGTH.unpack(head)[0])
     settings = json.loads(text)
-    key = None
-    if settings["tree"]:
-        held = _exactly(control, 32)
-        key = Secret(held)
-        held[:] = bytes(32)
-    return settings, descriptors, key
+    key = _key(control) if settings["tree"] else None
+    return settings, descriptors, key, _key(control) if isinstance(settings["dram"], dict) else None
+
+
+def _key(control: socket.socket) -> Secret:
+    held = _exactly(control, 32)
+    key = Secret(held)
+    held[:] = bytes(32)
+    return key
 
 
 def _exactly(control: socket.socket, length: int) -> bytearray:

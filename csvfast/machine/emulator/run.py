@@ -8,7 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from csvfast import errors
 from csvfast.machine.emulator.files import Files
@@ -21,9 +21,9 @@ from csvfast.memory import EncryptedMemory
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["RunResult", "run_program"]
+__all__ = ["ASID", "RunResult", "run_program"]
 
-_ASID = 1
+ASID: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def run_program(
     network: bool = False,
     memory: int = 256 << 20,
     window: int = 256 << 10,
-    dram: str | os.PathLike[str] | None = None,
+    dram: str | os.PathLike[str] | EncryptedMemory | None = None,
     instructions: int | None = None,
     seconds: float | None = None,
 ) -> RunResult:
@@ -76,7 +76,8 @@ def run_program(
         network    True = the program has Internet sockets, the host's own; without, Unix sockets below the root alone
         memory     bytes of DRAM for all processes together, a multiple of 4096
         window     bytes that one process has decrypted at once, a multiple of 4096, at least 65536
-        dram       file that is the DRAM, made with `memory` bytes, kept afterwards; None = memory of its own
+        dram       file that is the DRAM, made with `memory` bytes, kept afterwards; or memory of the caller's, `memory` bytes
+                   with a key for ASID 1, which he closes; None = memory of its own
         instructions  limit of each program and each stretch between forks; slows the run; None = none
         seconds    limit of the wall clock; None = none
 
@@ -85,17 +86,20 @@ def run_program(
     puts them back.
     """
     with contextlib.ExitStack() as stack:
-        if dram is None:
-            descriptor = os.memfd_create("csvfast-dram", os.MFD_CLOEXEC)
-            stack.callback(os.close, descriptor)
-            os.ftruncate(descriptor, memory)
-            path = Path(f"/proc/self/fd/{descriptor}")
-        else:
-            path = Path(dram)
         if memory <= 0 or memory % 4096:
             raise errors.LengthError(f"memory is {memory}; expected a positive multiple of 4096")
-        engine = stack.enter_context(EncryptedMemory(memory, path=path))
-        engine.install(_ASID)
+        if isinstance(dram, EncryptedMemory):
+            engine = dram
+        else:
+            if dram is None:
+                descriptor = os.memfd_create("csvfast-dram", os.MFD_CLOEXEC)
+                stack.callback(os.close, descriptor)
+                os.ftruncate(descriptor, memory)
+                path = Path(f"/proc/self/fd/{descriptor}")
+            else:
+                path = Path(dram)
+            engine = stack.enter_context(EncryptedMemory(memory, path=path))
+            engine.install(ASID)
         frames = Frames(memory // 4096)
         stack.callback(frames.close)
         files = Files(root if isinstance(root, EncryptedTree) else os.fspath(root))
@@ -109,7 +113,7 @@ def run_program(
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         process = Process(
-            engine, _ASID, frames, window, files, instructions=instructions, deadline=deadline,
+            engine, ASID, frames, window, files, instructions=instructions, deadline=deadline,
             identity=Identity(user, groups), hostname=hostname, network=network,
         )  # fmt: skip
         try:
