@@ -72,7 +72,7 @@ def _serve(options: Mapping[str, str], work: Path, spawner: Spawner, begin: floa
         attester = CertifiedAttester(lambda: platform_attester(place, handle, vcpu), times.add)
     else:
         attester = CertifiedAttester(guest_attester, times.add)
-    agent = Agent(configuration, _runner(options, work, spawner, configuration.policy.containers), attester, work, times)
+    agent = Agent(configuration, _runner(options, work, spawner), attester, work, times)
     link = _link(options["link"])
     times.add("agent's start", time.monotonic() - begin)
     connection = Connection(link, agent.handle, name="csvfast-host")
@@ -92,7 +92,7 @@ def _serve(options: Mapping[str, str], work: Path, spawner: Spawner, begin: floa
     return 0
 
 
-def _runner(options: Mapping[str, str], work: Path, spawner: Spawner, containers: int) -> Runner:
+def _runner(options: Mapping[str, str], work: Path, spawner: Spawner) -> Runner:
     executor = options["executor"]
     if executor == "emulator":
         from csvfast.runtime.agent.containers_emulator import EmulatorRunner, GuestRam

@@ -151,28 +151,20 @@ class EmulatorRunner(Runner):
 
     def start(self, bundle: Bundle, standard: Sequence[int]) -> Program:
         """See Runner."""
-        return self._start(bundle, bundle.spec["process"], standard, self._dram)
+        return self._start(bundle, bundle.spec["process"], standard)
 
     def execute(self, bundle: Bundle, program: Program, process: Mapping[str, Any], standard: Sequence[int]) -> Program:
         """See Runner. It sees the container's files, not its processes."""
         del program
         return self._start(bundle, process, standard)
 
-    def _start(
-        self, bundle: Bundle, process: Mapping[str, Any], standard: Sequence[int], dram: GuestMemory | None = None
-    ) -> Program:
-        from csvfast.machine.emulator.child import SharedDram
-
+    def _start(self, bundle: Bundle, process: Mapping[str, Any], standard: Sequence[int]) -> Program:
         user = process["user"]
         limit = bundle.spec.get("linux", {}).get("resources", {}).get("memory", {}).get("limit", self._memory)
         memory = min(limit, self._memory) >> 20 << 20
         part: SharedDram | None = None
         if self._ram is not None:
             part, memory = self._ram.take(memory)
-        size = min(limit, self._memory) // _PAGE * _PAGE
-        place = None if dram is None else dram.take(size)
-        if dram is not None and place is None:
-            raise ContainerError("limit", f"the guest's memory has no room for {size} bytes: other containers have it")
         child, self._spare = self._spare or self._new_process(), None
         arguments = list(process["args"])
         environment = dict(setting.split("=", 1) for setting in process["env"])
@@ -189,6 +181,7 @@ class EmulatorRunner(Runner):
                 user=(user["uid"], user["gid"]),
                 groups=user.get("additionalGids", ()),
                 hostname=self._hostname,
+                network=self._network,
                 memory=memory,
                 window=min(self._window, memory),
                 dram=part,
@@ -262,7 +255,6 @@ class _Emulated:
     def close(self) -> None:
         """See Program."""
         self._process.close()
-        self._gone()
         part, self._part = self._part, None
         if self._ram is not None and part is not None:
             self._ram.give(part, self._size)
