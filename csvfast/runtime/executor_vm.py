@@ -10,12 +10,14 @@ Thread-safety: executors have no state; a VmGuest may be used from any thread.
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from csvfast._runtime import get_library
 from csvfast.errors import ArgumentError, ContainerError, StateError
 from csvfast.machine.initrd import boot_files
 from csvfast.machine.vm import CsvVm
@@ -106,7 +108,9 @@ class VmExecutor(Executor):
             return f"{boot_files()} lacks {', '.join(missing)}"
         try:
             find_bios()
-        except StateError as problem:
+            if "CSVFAST_VMRAM_LIBRARY" not in os.environ:
+                get_library("vmram-preload")
+        except (StateError, FileNotFoundError) as problem:
             return str(problem)
         return None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from broker.services import skopeo
 from interop.test_registries import docker_registry
+from machine import qemu_guest
 from runtime.sandbox_rig import PATH, Demo, make_clear
 
 from csvfast.runtime.executor import executor_of
@@ -46,7 +47,11 @@ def image(demo: Demo, skopeo: list[str], docker_registry: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("executor", "direct"), [("emulator", False), ("native", True), ("vm", False)])
-def test_an_image_of_skopeos_runs(demo: Demo, image: str, executor: str, direct: bool) -> None:
+def test_an_image_of_skopeos_runs(
+    demo: Demo, image: str, executor: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if executor == "vm":
+        monkeypatch.setenv("CSVFAST_VMRAM_LIBRARY", str(qemu_guest.preload_library()))
     if (reason := executor_of(executor).unavailable()) is not None:
         pytest.skip(reason)
     options = demo.allowed(executor=executor, image=image, direct=direct, settings=SETTINGS.get(executor, {}), memory=224 << 20)

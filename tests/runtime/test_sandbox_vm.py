@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine import qemu_guest
 from runtime.sandbox_rig import Demo, alive, drams_of, family, found_in, found_in_memory, search, secrets, wait_for
 
-from csvfast.runtime.executor import executor_of
-
 pytestmark = pytest.mark.skipif(
-    (REASON := executor_of("vm").unavailable()) is not None, reason=f"{REASON} (tools/install-test-tools.sh)"
+    shutil.which(qemu_guest.QEMU) is None or not (qemu_guest.boot_files() / "modules" / "virtio_net.ko").exists(),
+    reason="QEMU or the guests' files are missing (tools/install-test-tools.sh)",
 )
 
-
 SETTINGS = {"accel": "tcg", "time_limit": "150"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CSVFAST_VMRAM_LIBRARY", str(qemu_guest.preload_library()))
+        yield
 
 
 @pytest.fixture(scope="module")
