@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-from csvfast.errors import ImageError
+from csvfast.errors import ImageError, IntegrityError
 from csvfast.image.archive import BLOCK, CHARACTER, DIRECTORY, FIFO, FILE, HARD_LINK, SYMLINK, Archive, Entry
 from csvfast.image.compression import Readable, UncompressedLayer, decompress
 from csvfast.image.limits import DEFAULT_LIMITS, Budget, Limits, shown
@@ -98,7 +98,7 @@ def unpack_layer(
         work.run()
         found = layer.finish()
     if diff_id is not None and found != diff_id:
-        raise ImageError("layer", f"the archive's digest is {found}, the image configuration says {diff_id}")
+        raise IntegrityError("layer", f"the archive's digest is {found}, the image configuration says {diff_id}")
     return LayerResult(found, work.count, layer.size)
 
 

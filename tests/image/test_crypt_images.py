@@ -182,7 +182,10 @@ def index_of(layout: OciLayout, tag: str) -> Index:
 
 def test_an_index(clear: OciLayout, target: OciLayout) -> None:
     one = manifest_of(clear, "clear")
-    other = one.replace(layers=(put(clear, tar_of("x", MARK), LAYER.removesuffix("+gzip")),))
+    archive = tar_of("x", MARK)
+    rootfs = {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(archive).hexdigest()}"]}
+    config = put(clear, json.dumps({"os": "linux", "architecture": "arm64", "rootfs": rootfs}).encode(), CONFIG_TYPE)
+    other = one.replace(config=config, layers=(put(clear, archive, LAYER.removesuffix("+gzip")),))
     platforms = [Platform("linux", "amd64"), Platform("linux", "arm64", "v8"), Platform("unknown", "unknown")]
     entries = []
     for manifest, platform in zip((one, other, other), platforms, strict=True):

@@ -30,9 +30,11 @@ from csvfast.crypto import Secret
 from csvfast.errors import ImageError, IntegrityError
 from csvfast.image.annotations import PUBLIC_OPTIONS, packets_of
 from csvfast.image.decrypt import decrypt_image
+from csvfast.image.descriptor import CONFIG_TYPE
 from csvfast.image.encrypt import encrypt_image
 from csvfast.image.keys import unwrap_any
 from csvfast.image.layout import OciLayout
+from csvfast.image.limits import Limits
 from csvfast.image.wrappers import LocalKek
 
 AGENT = "org.opencontainers.image.enc.keys.provider.attestation-agent"
@@ -201,14 +203,52 @@ def test_a_truncated_blob(sealed: OciLayout, target: OciLayout, cut: int) -> Non
 
 
 def test_swapped_layers(sealed: OciLayout, target: OciLayout) -> None:
-    """Each with its own annotations: every layer is genuine, and only the manifest's digest and the diff_ids know the order."""
+    """Each with its own annotations: every layer is genuine, and not the one that the configuration has in its place."""
     change(sealed, "x", lambda document: document["layers"].reverse())
+    assert isinstance(refused(sealed, target, "its archive has the digest .* the image configuration says"), IntegrityError)
+    nothing_was_stored(target)
+
+
+@pytest.mark.parametrize("layers", [1, 3], ids=["one left out", "one twice"])
+def test_another_number_of_layers(sealed: OciLayout, target: OciLayout, layers: int) -> None:
+    def edit(document: dict[str, Any]) -> None:
+        document["layers"] = (document["layers"] * 2)[:layers]
+
+    change(sealed, "x", edit)
+    refused(sealed, target, f"{layers} layers, and 2 in the image configuration")
+    nothing_was_stored(target)
+
+
+def test_whose_configuration_it_is(sealed: OciLayout, target: OciLayout) -> None:
+    """Whoever writes a configuration, too, can put layers in another order: only the manifest's digest, or a signature, tells."""
+    config = json.loads(blob(sealed, manifest_of(sealed, "x").config))
+    config["rootfs"]["diff_ids"].reverse()
+    other = put(sealed, json.dumps(config).encode(), CONFIG_TYPE)
+
+    def edit(document: dict[str, Any]) -> None:
+        document["layers"].reverse()
+        document["config"] = other.document()
+
+    change(sealed, "x", edit)
     decrypt_image(sealed, target, [local()], wanted="changed", tag="y")
-    _, data = sealed.resolve("x")
-    assert sealed.resolve("changed")[1] != data
+    assert sealed.resolve("changed")[0].digest != sealed.resolve("x")[0].digest
     with pytest.raises(ImageError):
         # Whoever names the digest gets that manifest or none.
         sealed.resolve("sha256:" + "0" * 64)
+
+
+def test_a_configuration_that_is_no_image_s(sealed: OciLayout, target: OciLayout) -> None:
+    other = put(sealed, b"{}", "application/vnd.oci.empty.v1+json")
+    change(sealed, "x", lambda document: document.update(config=other.document()))
+    refused(sealed, target, "rootfs")
+    nothing_was_stored(target)
+
+
+def test_limits_of_what_comes_out(sealed: OciLayout, target: OciLayout) -> None:
+    for limits, problem in ((Limits(total_bytes=5000), "layers of"), (Limits(ratio=1, ratio_floor=1), "layer sha256:.*gzip")):
+        with pytest.raises(ImageError, match=problem):
+            decrypt_image(sealed, target, [local()], wanted="x", tag="y", limits=limits)
+    nothing_was_stored(target)
 
 
 def test_a_manifest_that_was_changed_in_place(sealed: OciLayout, target: OciLayout, tmp_path: Path) -> None:
