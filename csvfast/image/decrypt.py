@@ -85,9 +85,10 @@ def decrypt_image(
         spool      directory for files without a name, which hold ciphertext only; None: where temporary files go
         limits     of the layers together, and of what comes out when they are decompressed
         others     as encrypt_image
-    ImageError: no layer is encrypted, a key cannot be unwrapped, a configuration that is no image's; IntegrityError: something was
-    changed, a layer is not the one that the image configuration has in its place. Nothing is stored unless every encrypted layer
-    was found right, and nothing has a tag in the target unless everything is there. MissingExtraError: zstd without its package.
+    ImageError: no layer is encrypted, a key cannot be unwrapped, a configuration that is no image's; IntegrityError: something
+    was changed, a layer is not the one that the image configuration has in its place. Nothing is stored unless every encrypted
+    layer was found right, and nothing has a tag in the target unless everything is there. MissingExtraError: zstd without its
+    package.
     """
     wrappers = tuple(wrappers)
 

@@ -261,7 +261,14 @@ class Descriptor:
         return found
 
     def replace(self, **members: Any) -> Descriptor:
-        """A copy with other members. In: members   media_type, digest, size, annotations, platform, other."""
+        """A copy with other members. In: members   media_type, digest, size, annotations, platform, other.
+
+        With another digest, what leads to the old content is left out: `data`, which is that content, and `urls`. A layer's
+        plaintext must not stay with its ciphertext.
+        """
+        if members.get("digest", self.digest) != self.digest and "other" not in members:
+            # In whatever case: readers written in Go take DATA for data.
+            members["other"] = {name: value for name, value in self.other.items() if name.lower() not in ("data", "urls")}
         return dataclasses.replace(self, **members)
 
     def same_blob(self, other: Descriptor) -> bool:

@@ -60,7 +60,7 @@ def transform_image(
                 continue
             manifest = Manifest.parse(read_blob(source, one, MANIFEST_LIMIT), one.media_type)
             made = _transformed(source, target, change, manifest, None)
-            manifests.append(made.replace(annotations=one.annotations, platform=one.platform, other=one.other))
+            manifests.append(one.replace(media_type=made.media_type, digest=made.digest, size=made.size))
         if not manifests:
             raise ImageError("index", "no image in it")
         return target.put_manifest(index.replace(manifests=tuple(manifests), media_type=INDEX_TYPE).encode(), INDEX_TYPE, tag)

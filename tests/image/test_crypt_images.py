@@ -175,6 +175,33 @@ def test_annotations_of_others_stay(clear: OciLayout, target: OciLayout) -> None
     assert [dict(layer.annotations) for layer in manifest_of(target, "y").layers] == [{"org.example": "kept"}, {}]
 
 
+def test_content_within_descriptors(clear: OciLayout, target: OciLayout) -> None:
+    """A descriptor's `data` is the clear layer (image-spec descriptor.md): it must not stay beside the ciphertext."""
+    layers = manifest_of(clear, "clear").layers
+    texts = [base64.b64encode(blob(clear, layer)).decode() for layer in layers]
+
+    def edit(document: dict[str, Any]) -> None:
+        for layer, text, name in zip(document["layers"], texts, ("data", "DATA"), strict=True):
+            layer |= {name: text, "urls": ["https://example/clear"], "artifactType": "kept"}
+
+    change(clear, "clear", edit)
+    manifest = manifest_of(clear, "changed")
+    clear.put_manifest(manifest.encode(), MANIFEST_TYPE)
+    encoded = base64.b64encode(manifest.encode()).decode()
+    entry = manifest.descriptor(platform=Platform("linux", "amd64"), other={"data": encoded, "artifactType": "kept"})
+    clear.put_manifest(Index((entry,)).encode(), INDEX_TYPE, "all")
+    encrypt_image(clear, target, to_local(), wanted="changed", layers=[-1], tag="some")
+    first, second = manifest_of(target, "some").layers
+    assert (first.other["data"], second.other) == (texts[0], {"artifactType": "kept"})
+    encrypt_image(clear, target, to_local(), wanted="all", platform="all", tag="all")
+    (made,) = index_of(target, "all").manifests
+    assert (made.other, made.platform) == ({"artifactType": "kept"}, entry.platform)
+    assert all(layer.other == {"artifactType": "kept"} for layer in manifest_of(target, "some").layers[1:])
+    assert not any(text in blob(target, made).decode() for text in texts)
+    decrypt_image(target, target, [local()], wanted="all", platform="all", tag="back")
+    assert [layer.digest for layer in manifest_of(target, "some").layers[:1]] == [layers[0].digest]
+
+
 def index_of(layout: OciLayout, tag: str) -> Index:
     descriptor, data = layout.resolve(tag)
     return Index.parse(data, descriptor.media_type)
