@@ -12,11 +12,13 @@ Thread-safety: threads may share a provider.
 from __future__ import annotations
 
 import os
+import selectors
+import signal
 import subprocess
-import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import IO, TYPE_CHECKING, Any, Final, Self, cast
 
 from csvfast.errors import ImageError, RequestError
 from csvfast.image.annotations import check_scheme
@@ -33,6 +35,7 @@ CONFIGURATION: Final = "OCICRYPT_KEYPROVIDER_CONFIG"
 _CONFIGURATION_BYTES: Final = 1 << 20
 _ANSWER_BYTES: Final = 4 << 20
 _TIMEOUT: Final = 60.0
+_PAUSE: Final = 0.01
 
 
 class Provider:
@@ -133,55 +136,75 @@ class CommandProvider(Provider):
 
     def _run(self, request: bytes) -> bytes:
         pipe = subprocess.PIPE
-        with subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as process:
-            late = threading.Event()
-
-            def stop() -> None:
-                late.set()
-                process.kill()
-
-            timer = threading.Timer(self._timeout, stop)
-            said: list[bytes] = []
-            writer = threading.Thread(target=_write, args=(process.stdin, request))
-            listener = threading.Thread(target=_read, args=(process.stderr, said))
-            for thread in (timer, writer, listener):
-                thread.start()
+        with subprocess.Popen(
+            self._command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
+        ) as process:  # fmt: skip
             try:
-                assert process.stdout is not None
-                answer = process.stdout.read(_ANSWER_BYTES + 1)
-                if len(answer) > _ANSWER_BYTES:
-                    process.kill()
-                status = process.wait()
-            finally:
-                process.kill()
-                timer.cancel()
-                for thread in (timer, writer, listener):
-                    thread.join()
-        if late.is_set():
-            raise ImageError(self.name, f"{self._command[0]} did not answer within {self._timeout:g} seconds")
-        if len(answer) > _ANSWER_BYTES:
-            raise ImageError(self.name, f"{self._command[0]} answered more than {_ANSWER_BYTES} bytes")
+                answer, said = self._exchange(process, memoryview(request))
+            except BaseException:
+                # It has not been waited for, so that the number is still its own and its children's.
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            status = process.wait()
         if status:
-            text = " ".join(b"".join(said).decode(errors="replace").split())[-300:]
+            text = "".join(one if one.isprintable() else " " for one in said.decode(errors="replace"))
+            text = " ".join(text.split())[-300:]
             raise ImageError(self.name, f"{self._command[0]} ended with status {status}{': ' if text else ''}{text}")
-        return answer
+        return bytes(answer)
+
+    def _exchange(self, process: subprocess.Popen[bytes], request: memoryview) -> tuple[bytearray, bytearray]:
+        """What it writes and what it says beside that, when it has ended.
+
+        ImageError: too much, or too late, be it for a child that outlives it and holds its output.
+        """
+        until = time.monotonic() + self._timeout
+        given, out, beside = process.stdin, process.stdout, process.stderr
+        assert given is not None and out is not None
+        assert beside is not None
+        answer, said = bytearray(), bytearray()
+        with selectors.DefaultSelector() as selector:
+            for stream, event in ((given, selectors.EVENT_WRITE), (out, selectors.EVENT_READ), (beside, selectors.EVENT_READ)):
+                os.set_blocking(stream.fileno(), False)
+                selector.register(stream, event)
+            while not out.closed or os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise ImageError(self.name, f"{self._command[0]} did not answer within {self._timeout:g} seconds")
+                for key, _events in selector.select(min(left, _PAUSE) if out.closed else left):
+                    if key.fileobj is given:
+                        request = _written(given, request)
+                        more = len(request) > 0
+                    else:
+                        more = _read(out, answer) if key.fileobj is out else _read(beside, said)
+                    if len(answer) > _ANSWER_BYTES:
+                        raise ImageError(self.name, f"{self._command[0]} answered more than {_ANSWER_BYTES} bytes")
+                    del said[: -64 << 10]  # what it says last tells why it fails
+                    if not more:
+                        selector.unregister(key.fileobj)
+                        cast(IO[bytes], key.fileobj).close()
+            while not beside.closed and len(said) < 128 << 10 and _read(beside, said):
+                pass
+        return answer, said
 
 
-def _write(stream: Any, data: bytes) -> None:
+def _written(stream: IO[bytes], data: memoryview) -> memoryview:
+    """What is left to be written."""
     try:
-        with stream:
-            stream.write(data)
+        return data[os.write(stream.fileno(), data) :]
+    except BlockingIOError:
+        return data
     except OSError:  # it does not read its input, or has ended: the answer and the status tell
-        pass
+        return data[:0]
 
 
-def _read(stream: Any, into: list[bytes]) -> None:
-    # What it says beyond the first 64 KiB is read, so that it does not wait, and forgotten.
-    kept = 0
-    while block := stream.read1(64 << 10):
-        if kept < 64 << 10:
-            into.append(block)
-            kept += len(block)
+def _read(stream: IO[bytes], into: bytearray) -> bool:
+    """More of a stream that has some; False at its end, and where there is nothing yet."""
+    try:
+        data = os.read(stream.fileno(), 64 << 10)
+    except BlockingIOError:
+        return False
+    into += data
+    return len(data) > 0
 
 
 def read_configuration(path: Path | None = None) -> dict[str, dict[str, Any]]:

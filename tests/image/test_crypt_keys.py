@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,13 +276,19 @@ def test_a_provider_that_is_a_command(tmp_path: Path) -> None:
         ("print('nothing')", "no JSON"),
         ("print()\nprint('x' * (5 << 20))", "more than 4194304 bytes"),
         ("import sys; sys.stderr.write('x' * (1 << 20)); sys.exit(3)", "status 3: x"),
+        (r"import sys; sys.exit('\x1b[31mred\x9b')", r"status 1: \[31mred$"),
         ("import time; time.sleep(60)", "did not answer within 1 seconds"),
+        ("import os, time; os.close(1); time.sleep(60)", "did not answer within 1 seconds"),
+        ("import os, time; os.fork() or time.sleep(60)", "did not answer within 1 seconds"),  # a child holds the output
+        ("import os, time; os.fork() or [os.setsid(), time.sleep(3)]", "did not answer within 1 seconds"),
     ],
 )
 def test_commands_that_fail(tmp_path: Path, text: str, problem: str) -> None:
     timeout = 1.0 if "sleep" in text else 30.0
+    begun = time.monotonic()
     with pytest.raises(CsvfastError, match=problem):
         command(tmp_path, text, timeout=timeout).unwrap(b"x" * 100_000)
+    assert time.monotonic() - begun < 20 + timeout
 
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
