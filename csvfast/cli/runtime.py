@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import select
 import signal as signals
 import sys
 import time
@@ -284,29 +285,50 @@ def _delete(root: Path, identifier: str, *, force: bool) -> None:
     from csvfast.runtime.state import read_state, remove
 
     try:
-        _record, alive = read_state(root, identifier)
-    except ContainerError:
-        if force:
-            return
-        raise
+        record, alive = read_state(root, identifier)
+    except ContainerError:  # there is none, or its state is damaged
+        if not force:
+            raise
+        remove(root, identifier)
+        return
     if alive:
+        monitor = _monitor(record)
         try:
-            ask(root, identifier, "delete", force=force)
-        except ContainerError:
-            if _lives(root, identifier) and not force:
-                raise
-        end = time.monotonic() + _END_SECONDS
-        while _lives(root, identifier):
-            if time.monotonic() > end:
-                if not force:
-                    raise ContainerError("state", f"the monitor of container {identifier} does not end")
-                monitor = read_state(root, identifier)[0].get("csvfast", {}).get("monitor")
-                if type(monitor) is int and monitor > 1:
-                    with suppress(ProcessLookupError):
-                        os.kill(monitor, signals.SIGKILL)  # the kernel ends the rest
-                end = time.monotonic() + _END_SECONDS
-            time.sleep(0.02)
+            try:
+                ask(root, identifier, "delete", force=force)
+            except ContainerError:
+                if not force and _lives(root, identifier):
+                    raise
+            if not _gone(root, identifier, monitor) and force and monitor is not None:
+                with suppress(ProcessLookupError):
+                    signals.pidfd_send_signal(monitor, signals.SIGKILL)  # the kernel ends the rest
+            if not _gone(root, identifier, monitor):
+                raise ContainerError("state", f"the monitor of container {identifier} does not end")
+        finally:
+            if monitor is not None:
+                os.close(monitor)
     remove(root, identifier)
+
+
+def _monitor(record: dict[str, Any]) -> int | None:
+    """A descriptor of the monitor's process; None when it will live on, since the container is not its only one."""
+    more = record.get("csvfast", {})
+    pid = more.get("monitor")
+    if type(pid) is not int or pid < 2 or "sandbox" in more:
+        return None
+    with suppress(OSError):
+        return os.pidfd_open(pid)
+    return None
+
+
+def _gone(root: Path, identifier: str, monitor: int | None) -> bool:
+    """Waits until the container's lock is free, and its monitor has ended."""
+    end = time.monotonic() + _END_SECONDS
+    while _lives(root, identifier):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return monitor is None or bool(select.select([monitor], [], [], max(0.0, end - time.monotonic()))[0])
 
 
 def _lives(root: Path, identifier: str) -> bool:

@@ -22,7 +22,7 @@ from csvfast.runtime.executor import executor_of
 from csvfast.runtime.mirror import MirrorServer
 from csvfast.runtime.monitor import Monitor
 
-KILLS = int(os.environ.get("CSVFAST_KILLS", "5"))  # at how many moments of a run
+KILLS = int(os.environ.get("CSVFAST_KILLS", "4"))  # at how many moments of a run
 EXECUTORS = ("emulator", "native")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ pytest.importorskip("unicorn")
 
 from runtime.sandbox_rig import Demo, alive, family, search, secrets, wait_for
 
+from csvfast.cli import main
 from csvfast.runtime.state import read_state
 
 TEXT = b"hello from the container\n"
@@ -30,9 +33,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 
 def runtime(demo: Demo, *arguments: str, code: int = 0, **streams: Any) -> subprocess.CompletedProcess[bytes]:
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    line = [sys.executable, "-m", "csvfast", "runtime", "--root", str(demo.root), "--log", str(demo.folder / "log"), *arguments]
-    done = subprocess.run(line, timeout=60, check=False, **streams)
+    line = ["runtime", "--root", str(demo.root), "--log", str(demo.folder / "log"), *arguments]
+    if arguments[0] == "create":  # whose standard streams become the container's
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+        done = subprocess.run([sys.executable, "-m", "csvfast", *line], timeout=60, check=False, **streams)
+    else:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            returned = main(line)
+        done = subprocess.CompletedProcess(line, returned, out.getvalue().encode(), err.getvalue().encode())
     assert done.returncode == code, done.stderr
     return done
 
@@ -119,7 +128,14 @@ def test_signals_and_force(demo: Demo, tmp_path: Path) -> None:
     everything = family(pid)
     runtime(demo, "start", "two")
     runtime(demo, "delete", "--force", "two")
-    assert not any(alive(one) for one in everything)
+    assert not alive(pid)
+    wait_for(lambda: not any(alive(one) for one in everything))
+
+    (demo.root / "damaged").mkdir()
+    (demo.root / "damaged" / "state.json").write_text("{")
+    assert b"no JSON" in runtime(demo, "delete", "damaged", code=3).stderr
+    runtime(demo, "delete", "--force", "damaged")
+    assert not (demo.root / "damaged").exists()
 
 
 def test_kill_9_and_created_only(demo: Demo, tmp_path: Path) -> None:
