@@ -95,7 +95,7 @@ def packets_of(descriptor: Descriptor) -> tuple[Packet, ...]:
         if not name.startswith(KEYS):
             continue
         if text.count(",") >= PACKET_LIMIT:
-            raise ImageError(subject, f"{name[:100]}: {text.count(',') + 1} packets; expected at most {PACKET_LIMIT}")
+            raise ImageError(subject, f"{_shown(name)}: {text.count(',') + 1} packets; expected at most {PACKET_LIMIT}")
         scheme = name.removeprefix(KEYS)
         found += [Packet(scheme, _decoded(one, _PACKET_BYTES, subject, name)) for one in text.split(",")]
     if not found:
@@ -124,8 +124,12 @@ def clear_annotations(given: Mapping[str, str]) -> dict[str, str]:
 
 def _decoded(text: str, limit: int, subject: str, name: str) -> bytes:
     if len(text) > (limit + 2) // 3 * 4:
-        raise ImageError(subject, f"{name[:100]}: {len(text)} characters; expected at most {limit} bytes in base64")
+        raise ImageError(subject, f"{_shown(name)}: {len(text)} characters; expected at most {limit} bytes in base64")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError(subject, f"{name[:100]}: text that is no base64") from None
+        raise ImageError(subject, f"{_shown(name)}: text that is no base64") from None
+
+
+def _shown(name: str) -> str:
+    return ascii(name)[1:-1][:100]

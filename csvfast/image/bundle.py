@@ -36,6 +36,11 @@ _MASKED: Final = [
 ]  # fmt: skip
 _READ_ONLY: Final = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 _KERNEL_PLACES: Final = ("proc", "sys", "dev")
+# Names that runtimes take orders from: crun(1) (another seccomp filter, the host's groups, plug-ins), systemd's units, CRIU's
+# configuration, Kata, gVisor, CRI. An image has none to give; whoever runs it may, by `annotations`.
+_ORDERS: Final = (
+    "run.oci.", "module.wasm.image/", "org.systemd.property.", "org.criu.", "io.katacontainers.", "io.kubernetes.", "dev.gvisor.",
+)  # fmt: skip
 
 
 def read_in_root(rootfs: Path | str) -> ReadFile:
@@ -220,7 +225,7 @@ def _volumes(config: ImageConfiguration) -> list[dict[str, Any]]:
 
 
 def _annotations(config: ImageConfiguration) -> dict[str, str]:
-    """What image-spec conversion.md turns into annotations; labels win."""
+    """What image-spec conversion.md turns into annotations; labels win. Labels that would give a runtime orders are left out."""
     prefix = "org.opencontainers.image"
     found = {
         f"{prefix}.os": config.os,
@@ -230,4 +235,5 @@ def _annotations(config: ImageConfiguration) -> dict[str, str]:
         f"{prefix}.stopSignal": config.stop_signal,
         f"{prefix}.exposedPorts": ",".join(config.exposed_ports),
     }
-    return {key: value for key, value in found.items() if value} | dict(config.labels)
+    labels = {key: value for key, value in config.labels.items() if not key.startswith(_ORDERS)}
+    return {key: value for key, value in found.items() if value} | labels

@@ -5,7 +5,6 @@ image-spec config.md. The configuration is public and comes from strangers; here
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, Final, NoReturn
 
 from csvfast.errors import ImageError
 from csvfast.image.limits import DEFAULT_LIMITS, Limits
-from csvfast.image.manifest import host_architecture
+from csvfast.image.manifest import host_architecture, parse_json
 
 __all__ = ["ImageConfiguration", "check_platform"]
 
@@ -51,15 +50,8 @@ class ImageConfiguration:
     @staticmethod
     def parse(data: bytes, limits: Limits = DEFAULT_LIMITS) -> ImageConfiguration:
         """Reads a configuration. Raises ImageError for whatever is not one, naming the member."""
-        if len(data) > limits.config_bytes:
-            raise ImageError(_SUBJECT, f"{len(data)} bytes; the limit is {limits.config_bytes}")
-        try:
-            document = json.loads(data.decode(), object_pairs_hook=_members, parse_constant=_refuse_constant)
-        except ImageError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise ImageError(_SUBJECT, f"no JSON: {str(error)[:100]}") from None
-        top = _mapping(document, "document")
+        # Strictly: two readers that disagree on which of two members counts run two different containers.
+        top = parse_json(data, _SUBJECT, limits.config_bytes)
         config = _mapping(top.get("config"), "config")
         rootfs = _mapping(top.get("rootfs"), "rootfs")
         if rootfs.get("type") != "layers":
@@ -115,18 +107,6 @@ def check_platform(config: ImageConfiguration, architecture: str | None = None, 
 def _bad(member: str, value: object, expected: str) -> NoReturn:
     shown = repr(value)
     raise ImageError(_SUBJECT, f"{member}: {shown if len(shown) <= 80 else shown[:80] + '...'}; expected {expected}")
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        # Two readers that disagree on which one counts run two different containers.
-        raise ImageError(_SUBJECT, "an object with two members of the same name")
-    return members
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ImageError(_SUBJECT, f"no JSON: {text}")
 
 
 def _mapping(value: object, member: str) -> dict[str, Any]:

@@ -112,11 +112,16 @@ def _first(descriptor: Descriptor, packets: Sequence[Packet], wrappers: Iterable
             except (CsvfastError, OSError) as error:
                 failures.append(error)
                 reason = error.problem if isinstance(error, ImageError) else str(error)
-                texts.append(f"packet {number} ({packet.scheme}) by {wrapper.name}: {reason}")
+                texts.append(f"packet {number} ({_shown(packet.scheme)}) by {wrapper.name}: {reason}")
             else:
                 return private, wrapper
     if not failures:
-        schemes = ", ".join(sorted({ascii(packet.scheme)[1:-1] for packet in packets}))
+        schemes = ", ".join(sorted({_shown(packet.scheme) for packet in packets}))
         have = ", ".join(sorted({wrapper.name for wrapper in wrappers})) or "none"
         raise ImageError(subject, f"its key is wrapped for {schemes}; the keys at hand are of no use for that: {have}")
     raise ImageError(subject, f"its key cannot be unwrapped: {'; '.join(texts)}") from ExceptionGroup("unwrapping", failures)
+
+
+def _shown(scheme: str) -> str:
+    """A scheme as a stranger's manifest has it, for a message."""
+    return ascii(scheme)[1:-1][:100]

@@ -159,7 +159,8 @@ class CommandProvider(Provider):
         """
         until = time.monotonic() + self._timeout
         given, out, beside = process.stdin, process.stdout, process.stderr
-        assert given is not None and out is not None
+        assert given is not None
+        assert out is not None
         assert beside is not None
         answer, said = bytearray(), bytearray()
         with selectors.DefaultSelector() as selector:

@@ -76,4 +76,5 @@ class Spool:
         self._freed = end
 
 
-_fallocate = ctypes.CDLL(None).fallocate64
+_library = ctypes.CDLL(None)
+_fallocate = getattr(_library, "fallocate64", None) or _library.fallocate  # musl has one for all

@@ -133,7 +133,12 @@ def test_impossible_configurations(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"[]", b"1", b"\xff", b"[" * 100_000, b'{"a":NaN}', b'{"os":"linux","os":"linux"}', b"{}"]
+    "data",
+    [
+        b"", b"{", b"[]", b"1", b"\xff", b"[" * 100_000, b'{"a":NaN}', b'{"os":"linux","os":"linux"}', b"{}",
+        b'{"history":[' + b"[]," * 100_000 + b"[]]}",  # 4 MiB of them would be 100 MB of Python's
+        b'{"history":' + b"9" * 5000 + b"}",
+    ],
 )
 def test_no_configurations(data: bytes) -> None:
     with pytest.raises(ImageError, match="image configuration"):
@@ -141,7 +146,7 @@ def test_no_configurations(data: bytes) -> None:
 
 
 def test_a_large_configuration() -> None:
-    with pytest.raises(ImageError, match="the limit is"):
+    with pytest.raises(ImageError, match="expected at most 10"):
         ImageConfiguration.parse(config_of([]), Limits(config_bytes=10))
 
 
@@ -252,6 +257,20 @@ def test_the_specification() -> None:
     assert runtime_specification(config, User(), command=["x"])["process"]["args"] == ["/e", "x"]
     assert runtime_specification(config, User(), entrypoint=["y"])["process"]["args"] == ["y"]
     assert runtime_specification(config, User())["process"]["env"][1] == "HOME=/root"
+
+
+def test_labels_give_runtimes_no_orders() -> None:
+    """crun takes a seccomp filter, plug-ins to load and much more from annotations; the image's must not reach it."""
+    orders = {
+        "run.oci.seccomp_bpf_data": "BgAAAAAA/38=", "run.oci.seccomp.plugins": "/tmp/x.so", "run.oci.keep_original_groups": "1",
+        "run.oci.handler": "krun", "module.wasm.image/variant": "compat", "org.systemd.property.CollectMode": "'x'",
+        "org.criu.config": "/etc/x", "io.katacontainers.config.hypervisor.path": "/x", "io.kubernetes.cri.container-type": "x",
+        "dev.gvisor.internal.nvproxy": "true",
+    }  # fmt: skip
+    config = parse(config={"Cmd": ["x"], "Labels": {**orders, "run.ocis": "kept", "org.example": "kept"}})
+    made = runtime_specification(config, User())["annotations"]
+    assert {name for name in made if not name.startswith("org.opencontainers.image.")} == {"run.ocis", "org.example"}
+    assert runtime_specification(config, User(), annotations=orders)["annotations"].items() >= orders.items()
 
 
 def test_impossible_bundles() -> None:

@@ -502,3 +502,14 @@ def test_strange_annotations_are_refused_in_order(name: str, text: str) -> None:
         strange: Any = Described("sha256:" + "a" * 64, 20, {annotation: text, PUBLIC_OPTIONS: base64.b64encode(PUBLIC).decode()})
         with contextlib.suppress(CsvfastError):
             unwrap_any(strange, [LocalKek(Secret(KEK), "images")])
+
+
+def test_nothing_unprintable_of_a_manifest_in_errors() -> None:
+    """Terminals and logs take orders from control characters."""
+    public = {PUBLIC_OPTIONS: base64.b64encode(PUBLIC).decode()}
+    for name, text in (("provider.\x1b[2J\n\u202e", "AAAA"), ("provider.\x1b[2J\n", "!"), ("\x1b[2J", "AAAA")):
+        strange: Any = Described("sha256:" + "a" * 64, 20, {f"{KEYS}{name}": text, **public})
+        with pytest.raises(ImageError) as caught:
+            unwrap_any(strange, [LocalKek(Secret(KEK), "images")])
+        assert str(caught.value).isprintable()
+        assert "x1b" in str(caught.value)
