@@ -93,3 +93,14 @@ def test_another_initrd_is_not_launched(demo: Demo) -> None:
     assert done.returncode == 1
     assert b"launch digest" in done.stderr
     demo.assert_clean()
+
+
+def test_the_monitor_is_killed_while_it_boots(demo: Demo) -> None:
+    options = demo.allowed(executor="vm", memory=224 << 20, settings=SETTINGS)
+    with subprocess.Popen(demo.command(options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: qemu_of(process.pid) or process.poll() is not None)
+        everything = family(process.pid)
+        process.kill()
+        process.wait(30)
+    wait_for(lambda: not any(alive(pid) for pid in everything))
+    demo.assert_clean()
