@@ -86,8 +86,10 @@ def _encrypted(
     suite: Suite,
     progress: Progress | None,
 ) -> Descriptor:
-    with closing(source.open_blob(layer)) as reader:
-        encryption = LayerEncryption(reader, suite=suite, expected=layer)
+    with (
+        closing(source.open_blob(layer)) as reader,
+        LayerEncryption(reader, suite=suite, expected=layer) as encryption,
+    ):
         packets = wrap_all(encryption.private, recipients, subject_of(layer))  # first: it fails sooner than the rest
         blocks = HashedChunks(counted(encryption, progress), lambda: encryption.result.digest.partition(":")[2])
         stored = target.put_blob(None, blocks)

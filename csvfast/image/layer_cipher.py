@@ -23,8 +23,8 @@ from __future__ import annotations
 import hmac
 import io
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
 
 from csvfast.crypto import Secret
 from csvfast.errors import IntegrityError
@@ -230,7 +230,8 @@ class LayerEncryption:
         suite      algorithms
         expected   what the layer must be: its size and digest are compared, and the digest goes into the private options.
                    None: whatever comes, with its SHA-256
-    A block is valid until the next one is asked for. IntegrityError at the end: the layer is not `expected`.
+    A block is valid until the next one is asked for. IntegrityError at the end: the layer is not `expected`. A context manager;
+    whoever may stop before the end closes it, for there may be threads, and plaintext in buffers.
     """
 
     def __init__(
@@ -257,6 +258,16 @@ class LayerEncryption:
     def __iter__(self) -> Iterator[memoryview]:
         return self._blocks
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends its threads and overwrites its plaintext. Idempotent; the result stays."""
+        self._blocks.close()
+
     @property
     def private(self) -> Secret:
         """The private options, before anything is read: they can be wrapped first. Only with `expected`."""
@@ -269,7 +280,7 @@ class LayerEncryption:
         assert self._result is not None, "the layer has not been read to its end"
         return self._result
 
-    def _run(self) -> Iterator[memoryview]:
+    def _run(self) -> Generator[memoryview, None, None]:
         # Two buffers each: hashes read one while the other is written.
         clear, sealed = [bytearray(BLOCK_BYTES) for _ in range(2)], [bytearray(BLOCK_BYTES) for _ in range(2)]
         hashes = self._hashes
@@ -312,9 +323,9 @@ def encrypt_layer(
     reader: Reader, writer: Writer, *, suite: Suite = AES_256_CTR_HMAC_SHA256, expected: Descriptor | None = None
 ) -> EncryptedLayer:
     """Encrypts a layer from reader to writer. As LayerEncryption."""
-    layer = LayerEncryption(reader, suite=suite, expected=expected)
-    for block in layer:
-        writer.write(block)
+    with LayerEncryption(reader, suite=suite, expected=expected) as layer:
+        for block in layer:
+            writer.write(block)
     return layer.result
 
 

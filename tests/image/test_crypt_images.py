@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,32 @@ def test_chosen_layers(tmp_path: Path, target: OciLayout, layers: list[int], enc
 def test_there_is_no_such_layer(clear: OciLayout, target: OciLayout, layer: int) -> None:
     with pytest.raises(ImageError, match=f"layer {layer}: the image has 2; expected -2 to 1"):
         encrypt_image(clear, target, to_local(), layers=[layer], tag="x")
+
+
+class FullLayout(OciLayout):
+    """There is room for two blocks."""
+
+    def put_blob(self, descriptor: Descriptor | None, chunks: Iterable[Any], /) -> Descriptor:
+        for number, _chunk in enumerate(chunks):
+            if number == 2:
+                raise OSError(errno.ENOSPC, "no room")
+        return super().put_blob(descriptor, [])
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_no_room(tmp_path: Path, suite: Suite) -> None:
+    """No thread is left behind, not even while somebody holds the error."""
+    source = make_image(tmp_path / "large", layers=1, size=2 << 20)
+    encrypt_image(source, source, to_local(), tag="x", suite=suite)
+    full = FullLayout(tmp_path / "full", create=True)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="no room") as encrypting:
+        encrypt_image(source, full, to_local(), wanted="clear", tag="x", suite=suite)
+    with pytest.raises(OSError, match="no room") as decrypting:
+        decrypt_image(source, full, [local()], wanted="x", tag="y")
+    assert threading.active_count() == before
+    assert encrypting.value.errno == decrypting.value.errno == errno.ENOSPC
+    assert full.tags() == {}
 
 
 def test_equal_layers_become_different_ones(tmp_path: Path, target: OciLayout) -> None:
