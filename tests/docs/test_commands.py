@@ -1,7 +1,8 @@
 """The commands in the documentation run as they are written, in the order in which they stand on their page.
 
-A page's lines are the `csvfast ...` lines of its code blocks. `NAME=$(csvfast ...)` sets a variable for those that follow, a line
-that ends in `&` is a server, and a comment with `exit code N:` says what is expected instead of 0.
+A page's lines are the `csvfast ...` lines of its code blocks, and what some need between them (openssl, sed). `NAME=$(...)` sets
+a variable for those that follow, a line that ends in `&` is a server, which `kill %N; wait %N` ends, and a comment with
+`exit code N:` says what is expected instead of 0.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def commands(page: str) -> list[tuple[str, int]]:
     """Lines of code blocks that call the command, and the exit code each is expected to have."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = []
-    for line in re.findall(r"^(?:    )?((?:[A-Z_]+=\$\()?csvfast [a-z]+\b.*)$", text, re.MULTILINE):
+    wanted = r"^(?:    )?((?:[A-Z_]+=\$\()?(?:csvfast [a-z]+|openssl pkey|openssl genpkey|sed -i|kill %\d)\b.*)$"
+    for line in re.findall(wanted, text, re.MULTILINE):
         line, _, comment = line.partition(" #")
         line = line.strip()
         # The overview of the command names alternatives, the tables of a page are no commands.
@@ -177,6 +179,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/image-encryption.md", 8, prepare_image),
     ("docs/containers.md", 10, prepare_container),
     ("docs/unpacking.md", 5, prepare_unpacking),
+    ("docs/operations.md", 35, prepare_container),
 ]
 
 
@@ -199,6 +202,9 @@ def test_commands_run(tmp_path: Path, page: str, least: int, prepare: Callable[[
             if line.endswith("&"):
                 stop([one for one in servers if one.args[-1].split()[2:4] == line.split()[1:3]])  # a chip has one processor
                 servers.append(serve(line.removesuffix("&"), tmp_path, variables))
+                continue
+            if (ended := re.match(r"kill %(\d)", line)) is not None:
+                stop([servers.pop(int(ended[1]) - 1)])
                 continue
             if page == "docs/certificates.md" and line == "csvfast chip new chip":
                 shutil.rmtree(tmp_path / "chip")
