@@ -14,6 +14,7 @@ from __future__ import annotations
 import http.client
 import io
 import ipaddress
+import math
 import socket
 import ssl
 import threading
@@ -35,6 +36,8 @@ __all__ = ["Answer", "Transport", "Url", "is_loopback"]
 REDIRECT_LIMIT: Final = 5
 LEAST_BYTES: Final = 64 << 10
 """Of a blob, in `timeout` seconds of waiting."""
+FRAMING_BYTES: Final = 1 << 20
+"""On the wire for one read of a body, beyond sixteen for each of its bytes: sizes of chunks, and trailers, need not end."""
 URL_LIMIT: Final = 16 << 10
 
 _BUFFER: Final = 64 << 10
@@ -75,7 +78,9 @@ class Url(NamedTuple):
         """What a Location header in an answer from here means. RegistryError."""
         if len(location) > URL_LIMIT:
             raise RegistryError(subject, "the registry names a location that is too long; expected a URL")
-        return Url.parse(urljoin(str(self), location), subject)
+        with suppress(ValueError):  # a bracket without its other half: parse() says what is expected
+            location = urljoin(str(self), location)
+        return Url.parse(location, subject)
 
     def with_query(self, query: str) -> Url:
         """The same with more in its query."""
@@ -94,17 +99,23 @@ class Url(NamedTuple):
 class _Patience:
     """How long a peer may take over an answer."""
 
-    __slots__ = ("_received", "_waited", "deadline", "timeout")
+    __slots__ = ("_allowed", "_received", "_waited", "deadline", "timeout")
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self.deadline: float | None = None
         self._waited = 0.0
         self._received = 0
+        self._allowed: float = math.inf
 
     def start(self) -> None:
         """From now on, everything within the timeout."""
         self.deadline = time.monotonic() + self.timeout
+        self._allowed = math.inf
+
+    def allow(self, count: int) -> None:
+        """From now on, no more on the wire than that many bytes of a body need."""
+        self._allowed = 16 * count + FRAMING_BYTES
 
     def stream(self) -> None:
         """From now on, it must only move."""
@@ -122,6 +133,9 @@ class _Patience:
     def waited(self, seconds: float, count: int) -> None:
         self._waited += seconds
         self._received += count
+        self._allowed -= count
+        if self._allowed < 0:
+            raise ConnectionAbortedError("chunks or trailers without end")
         if self._waited > self.timeout:
             if self.deadline is None and self._received < LEAST_BYTES:
                 raise TimeoutError(f"{self._received} bytes in {self.timeout:g} seconds")
@@ -234,6 +248,7 @@ class Answer:
 
     def readinto(self, buffer: Buffer) -> int:
         """Next bytes of the body; 0 at the end. ConnectionAbortedError: it was cut off. OSError, http.client.HTTPException."""
+        self._connection.patience.allow(memoryview(buffer).nbytes)
         count = self._response.readinto(cast(Any, buffer))
         if not count and self._response.length:
             # http.client says nothing about it when a body is read in pieces.

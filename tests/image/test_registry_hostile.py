@@ -242,6 +242,27 @@ def test_silence_ends() -> None:
     assert time.monotonic() - before < 2
 
 
+@pytest.mark.parametrize("where", ["surplus", "in front"])
+def test_trailers_without_end(where: str) -> None:
+    """However fast they come: Python's HTTP client reads them for ever."""
+
+    def endless(_request: Request, connection: socket.socket) -> None:
+        chunk = b"%x\r\n%b\r\n" % (len(DATA), DATA) if where == "surplus" else b""
+        connection.sendall(answer(200, chunk + b"0\r\n", "Transfer-Encoding: chunked"))
+        until = time.monotonic() + 5
+        with suppress(OSError):
+            while time.monotonic() < until:
+                connection.sendall(b"X: y\r\n" * 10_000)
+
+    before = time.monotonic()
+    if where == "surplus":  # the blob is whole
+        with ScriptedServer(endless) as server, client(server, retries=0) as registry:
+            assert read_blob(registry, BLOB, 1 << 20) == DATA
+    else:
+        refused(endless, "chunks or trailers without end", retries=0)
+    assert time.monotonic() - before < 4
+
+
 @pytest.mark.parametrize("where", ["header", "manifest", "blob"])
 def test_dripping_ends(where: str) -> None:
     def dripping(_request: Request, connection: socket.socket) -> None:
@@ -356,6 +377,7 @@ def test_redirect_on_the_same_host_keeps_the_token() -> None:
         ("http://user:password@127.0.0.1/", "expected a URL of http or https"),
         ("http://127.0.0.1:99999/", "expected a URL of http or https"),
         ("http://127.0.0.1/a b", "expected a URL of http or https"),
+        ("http://[::1/", "expected a URL of http or https"),
         ("/" + "x" * 20000, "too long"),
     ],
 )
