@@ -3,49 +3,49 @@
     csvfast info | bench | measure ... | memory demo | machine trace|run | chip ... | cert ... | report ... | platform ...
             | guest ... | vm ... | broker ... | attest client | image ... | run IMAGE | runtime ...
 
-Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast.
+Exit codes are listed in common.py. A command imports what it needs when it runs, so that --help stays fast; and of the commands
+only the one that is asked for is imported, since most of a short command's time would go into the others' options.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 
-from csvfast.cli import attest as _attest
-from csvfast.cli import bench as _bench
-from csvfast.cli import broker as _broker
-from csvfast.cli import cert as _cert
-from csvfast.cli import chip as _chip
-from csvfast.cli import guest as _guest
-from csvfast.cli import image as _image
-from csvfast.cli import info as _info
-from csvfast.cli import machine as _machine
-from csvfast.cli import measure_batch as _measure
-from csvfast.cli import memory as _memory
-from csvfast.cli import platform as _platform
-from csvfast.cli import report as _report
-from csvfast.cli import run as _run_command
-from csvfast.cli import runtime as _runtime
-from csvfast.cli import vm as _vm
 from csvfast.cli.common import INTERRUPTED, ExitCode, exit_code_of, is_expected, report_error
 from csvfast.cli.streams import standard_streams
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    name="csvfast",
-    help="HaiGuang (Hygon) CSV confidential computing in software: encrypted memory, measurement, attestation.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app: typer.Typer
+"""All commands."""
+
+# Command: its module here, and the function; None: a room of commands, the module's `app`. In the order of --help.
+_COMMANDS: Final[dict[str, tuple[str, str | None]]] = {
+    "info": ("info", "info"),
+    "bench": ("bench", "bench"),
+    "run": ("run", "run"),
+    "measure": ("measure_batch", None),
+    "memory": ("memory", None),
+    "machine": ("machine", None),
+    "vm": ("vm", None),
+    "guest": ("guest", None),
+    "chip": ("chip", None),
+    "cert": ("cert", None),
+    "report": ("report", None),
+    "platform": ("platform", None),
+    "broker": ("broker", None),
+    "attest": ("attest", None),
+    "image": ("image", None),
+    "runtime": ("runtime", None),
+}
 
 
 def _show_version(wanted: bool) -> None:
@@ -56,7 +56,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
@@ -65,22 +64,33 @@ def _root(
     """HaiGuang (Hygon) CSV confidential computing in software: encrypted memory, measurement, attestation."""
 
 
-app.command("info")(_info.info)
-app.command("bench")(_bench.bench)
-app.command("run")(_run_command.run)
-app.add_typer(_measure.app, name="measure")
-app.add_typer(_memory.app, name="memory")
-app.add_typer(_machine.app, name="machine")
-app.add_typer(_vm.app, name="vm")
-app.add_typer(_guest.app, name="guest")
-app.add_typer(_chip.app, name="chip")
-app.add_typer(_cert.app, name="cert")
-app.add_typer(_report.app, name="report")
-app.add_typer(_platform.app, name="platform")
-app.add_typer(_broker.app, name="broker")
-app.add_typer(_attest.app, name="attest")
-app.add_typer(_image.app, name="image")
-app.add_typer(_runtime.app, name="runtime")
+@functools.cache
+def _application(commands: tuple[str, ...]) -> typer.Typer:
+    """The command with these of its commands."""
+    made = typer.Typer(
+        name="csvfast",
+        help="HaiGuang (Hygon) CSV confidential computing in software: encrypted memory, measurement, attestation.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_root)
+    for name in commands:
+        place, function = _COMMANDS[name]
+        module = importlib.import_module(f"csvfast.cli.{place}")
+        if function is None:
+            made.add_typer(module.app, name=name)
+        else:
+            made.command(name)(getattr(module, function))
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return _application(tuple(_COMMANDS))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     # The command is invoked by hand, not through its own main(): that one turns Ctrl-C into exit code 1, which here means
     # that a check failed.
-    command = typer.main.get_command(app)
+    one = arguments[:1] and arguments[0] in _COMMANDS
+    command = typer.main.get_command(_application((arguments[0],) if one else tuple(_COMMANDS)))
     try:
         with command.make_context("csvfast", arguments) as context:
             command.invoke(context)
