@@ -128,6 +128,10 @@ def sm3_update_many(streams: Iterable[sm3], buffers: Iterable[BytesLike], /) -> 
 def sm3_small_files(
     paths: Iterable[bytes], room: BytesLike, limit: int, /
 ) -> list[tuple[bytes, int, int, int, int, int] | None]: ...
+def sm3_update_mapped(streams: Iterable[sm3], windows: Iterable[tuple[int, int, int]], /) -> list[bool]: ...
+def sm3_blocks_mapped(
+    descriptor: int, offset: int, length: int, block_length: int = 4096, *, prefix: BytesLike = b""
+) -> bytes | None: ...
 @overload
 def sm3_blocks(
     data: BytesLike,

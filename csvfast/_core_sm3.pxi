@@ -416,6 +416,109 @@ def sm3_small_files(paths, room, limit, /):
         PyBuffer_Release(&view)
 
 
+cdef extern from "../sm3/sm3_mapped.h" nogil:
+    ctypedef struct csvf__window:
+        int descriptor
+        uint64_t offset
+        size_t length
+        int done
+    void csvf__sm3_update_mapped(csvf_sm3 *const *streams, csvf__window *windows, size_t count, csvf_sm3 *before,
+                                 const uint8_t **data, size_t *lengths)
+    int csvf__sm3_blocks_mapped(uint8_t *digests, const uint8_t *prefix, size_t prefix_length, csvf__window *window,
+                                size_t block_length)
+
+
+def sm3_update_mapped(streams, windows, /):
+    """Continues many SM3 streams, each with a part of a file, which is mapped for the time of the call.
+
+    Args:
+        streams: an iterable of different sm3 objects.
+        windows: as many (descriptor, offset, length): parts of regular files or block devices.
+    Returns: a list with True for each stream that went on, False where the file cannot be mapped, or where pages went away while they were
+        hashed (it was truncated, the disk has an error): such a stream is as it was; reading the part says what is wrong.
+    Raises: ArgumentError (a stream is there twice, other numbers of streams and windows); nothing was hashed then.
+    Standard: GB/T 32905-2016.
+    Thread-safety: as the streams: one lock per object, held by all of them until the call returns. The first call takes SIGBUS, and
+        gives faults of others to the handler that was there; when somebody takes SIGBUS later, everything is False.
+    """
+    cdef tuple states = tuple(streams), parts = tuple(windows)
+    cdef Py_ssize_t count = len(states), index
+    if len(parts) != count:
+        raise errors.ArgumentError(f"there are {len(parts)} windows for {count} streams; expected one for each")
+    for index in range(count):
+        if type(states[index]) is not sm3:
+            raise TypeError(f"stream {index} must be an sm3, not {type(states[index]).__name__}")
+    if len(set(states)) != count:
+        raise errors.ArgumentError("a stream is given more than once; expected different ones")
+    if count == 0:
+        return []
+    cdef size_t each = sizeof(csvf__window) + sizeof(csvf_sm3) + 2 * sizeof(void *) + sizeof(size_t)
+    cdef char *block = <char *>PyMem_Malloc(count * each)
+    if block == NULL:
+        raise errors.AllocationError(f"no memory for {count} window descriptors")
+    cdef csvf__window *mapped = <csvf__window *>block
+    cdef csvf_sm3 *before = <csvf_sm3 *>(mapped + count)
+    cdef csvf_sm3 **pointers = <csvf_sm3 **>(before + count)
+    cdef const uint8_t **data = <const uint8_t **>(pointers + count)
+    cdef size_t *lengths = <size_t *>(data + count)
+    try:
+        for index in range(count):
+            (<sm3>states[index]).need_lock()
+            pointers[index] = &(<sm3>states[index]).state
+            descriptor, offset, length = parts[index]
+            mapped[index].descriptor = descriptor
+            mapped[index].offset = offset
+            mapped[index].length = length
+        ordered = sorted(states, key=id)  # as sm3_update_many
+        for state in ordered:
+            (<sm3>state).enter()
+        with nogil:
+            csvf__sm3_update_mapped(pointers, mapped, count, before, data, lengths)
+        for state in ordered:
+            (<sm3>state).leave()
+        return [mapped[index].done != 0 for index in range(count)]
+    finally:
+        csvf_wipe(before, count * sizeof(csvf_sm3))
+        PyMem_Free(block)
+
+
+def sm3_blocks_mapped(descriptor, offset, length, block_length=4096, *, prefix=b""):
+    """`sm3_blocks` of a part of a file, which is mapped for the time of the call.
+
+    Args:
+        descriptor, offset, length: a part of a regular file or block device, a whole number of blocks.
+        block_length, prefix: as of sm3_blocks.
+    Returns: the digests one after another, or None where sm3_update_mapped says False.
+    Raises: LengthError, BufferTypeError, NonContiguousBufferError.
+    Thread-safety: safe from any thread. SIGBUS: as sm3_update_mapped.
+    """
+    cdef csvf__window window
+    cdef Py_ssize_t size = _length(block_length, "block_length"), whole = _length(length, "length")
+    cdef Py_buffer salt
+    cdef uint8_t *out
+    cdef int status
+    window.descriptor = descriptor
+    window.offset = offset
+    window.length = whole
+    if size == 0 or whole % size != 0:
+        raise errors.LengthError(f"length is {whole}; expected a multiple of block_length {size}, which is at least 1")
+    if whole == 0:
+        return b""
+    _acquire(prefix, &salt, False, "prefix")
+    try:
+        if salt.len > 256:
+            raise errors.LengthError(f"prefix has {salt.len} bytes; expected at most 256")
+        digests = PyBytes_FromStringAndSize(NULL, 32 * (whole // size))
+        out = <uint8_t *>PyBytes_AS_STRING(digests)
+        with nogil:
+            status = csvf__sm3_blocks_mapped(out, <const uint8_t *>salt.buf, salt.len, &window, size)
+    finally:
+        PyBuffer_Release(&salt)
+    if status != CSVF_OK:
+        raise _status_error(status, f"hashing blocks of {size} bytes")
+    return digests if window.done else None
+
+
 def sm3_blocks(data, block_length=4096, *, prefix=b"", out=None, pool=None):
     """SM3 of each block of a buffer, every block preceded by the same prefix: the leaves of a page or dm-verity tree.
 

@@ -55,6 +55,9 @@ class AccessChoice(StrEnum):
 
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Tasks at once. Default: one per processor.")]
 Where = Annotated[ExecutorChoice, typer.Option("--executor", help="Threads of this process, or processes.")]
+Cluster = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="A Dask cluster instead: tcp://HOST:PORT, or a scheduler file.json.")
+]
 Key = Annotated[
     Path | None, typer.Option("--key", metavar="PEM", help="Public key, SM2 or P-256, that a statement must be signed with.")
 ]
@@ -87,10 +90,11 @@ def batch_command(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the ledger holds.")] = False,
     jobs: Jobs = None,
     executor: Where = ExecutorChoice.threads,
+    cluster: Cluster = None,
     retries: Annotated[int, typer.Option(min=0, help="Of tasks whose worker was lost.")] = 3,
     access: Annotated[
-        AccessChoice, typer.Option(help="mmap: faster, only for files that nobody truncates meanwhile.")
-    ] = AccessChoice.read,
+        AccessChoice, typer.Option(help="Of local files. mmap: without a copy; read: for file systems that cannot map.")
+    ] = AccessChoice.mmap,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as CSV at the end.")] = None,
     parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as Parquet at the end.")] = None,
     references: Annotated[
@@ -99,6 +103,7 @@ def batch_command(
     reference_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="One name for all reference values.")
     ] = None,
+    summary: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page about the run, HTML.")] = None,
     statement: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a signed in-toto statement (needs --sign-key).")
     ] = None,
@@ -129,7 +134,7 @@ def batch_command(
         key = load_signing_key(sign_key.read_bytes(), password)
     salt = "" if salt == "-" else salt.lower()
     selection = Selection(mode.value, content.value, Options(salt, block_size), tuple(pattern or ()), tuple(exclude or ()))
-    with _executor(executor, jobs) as workers, _bar(json) as report, Job(
+    with _executor(executor, jobs, cluster) as workers, _bar(json) as report, Job(
         sources or (),
         selection,
         manifest=manifest,
@@ -158,6 +163,10 @@ def batch_command(
             from csvfast.measure.fleet.references import reference_message
 
             _write(references, reference_message(table, reference_name))
+        if summary is not None:
+            from csvfast.measure.fleet.summary import write_summary
+
+            write_summary(table, summary)
         if statement is not None and key is not None:
             from csvfast.measure.fleet.statement import make_statement, sign_statement
 
@@ -207,6 +216,7 @@ def verify_command(
     key: Key = None,
     jobs: Jobs = None,
     executor: Where = ExecutorChoice.threads,
+    cluster: Cluster = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -217,12 +227,20 @@ def verify_command(
     items = items_of(read_list(list_file, _public_key(key)))
     if not items:
         raise CommandError(f"{list_file}: holds no digest; expected a list with digests", ExitCode.CHECK_FAILED)
-    with _executor(executor, jobs) as workers, _bar(json) as report, Job(
+    with _executor(executor, jobs, cluster) as workers, _bar(json) as report, Job(
         items, executor=workers, jobs=jobs, progress=report
     ) as job:  # fmt: skip
         for row in job:
             _show_row(row, json=json, quiet=quiet or row.ok)
     _finish(job.table, job.progress)
+
+
+def register_image_sources() -> None:
+    """Layouts and registries of container images are sources, too."""
+    from csvfast.measure.fleet.providers import register_provider
+
+    for scheme in ("oci", "docker"):
+        register_provider(scheme, "csvfast.image.measured:provider")
 
 
 def _public_key(path: Path | None) -> PublicKey | None:
@@ -232,8 +250,17 @@ def _public_key(path: Path | None) -> PublicKey | None:
 
 
 @contextmanager
-def _executor(choice: ExecutorChoice, jobs: int | None) -> Iterator[Executor | None]:
+def _executor(choice: ExecutorChoice, jobs: int | None, cluster: str | None) -> Iterator[Executor | None]:
     """None: the job's own threads."""
+    register_image_sources()
+    if cluster is not None:
+        from csvfast.measure.fleet.cluster import DaskExecutor
+
+        if choice is not ExecutorChoice.threads or jobs is not None:
+            raise CommandError("--cluster: given with --executor or --jobs; expected one place where the work is done")
+        with DaskExecutor(cluster) as there:
+            yield there
+        return
     if choice is ExecutorChoice.threads:
         yield None
         return

@@ -205,8 +205,97 @@ def test_a_file_that_changes_or_goes_is_a_failed_row(tmp_path: Path, monkeypatch
             file.write(b"x")
 
     monkeypatch.setattr(lanes._core, "sm3_update_many", interfere)
-    rows = {row.name: row for row in batch(names, jobs=1)}
+    with Job(names, jobs=1, access="read") as job:
+        rows = {row.name: row for row in job}
     assert [rows[name].error for name in names] == ["not-found", "truncated", "changed", None]
+
+
+@pytest.mark.parametrize("mode", ["linear", "tree"])
+def test_a_mapped_file_that_is_truncated_is_a_failed_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    contents = make_files(tmp_path / "images", (600_000, 600_000, 600_000))
+    names = list(contents)
+    calls = {"linear": "sm3_update_mapped", "tree": "sm3_blocks_mapped"}
+    hashed = getattr(_core, calls[mode])
+    results = []
+
+    def interfere(*arguments: Any, **options: Any) -> Any:
+        if mode == "linear" or len(results) == 1:  # when it is open
+            os.truncate(names[1], 100)
+        results.append(hashed(*arguments, **options))
+        return results[-1]
+
+    monkeypatch.setattr(_core, calls[mode], interfere)
+    with Job(names, Selection(mode), jobs=1) as job:
+        rows = {row.name: row for row in job}
+    assert [rows[name].error for name in names] == [None, "truncated", None]
+    assert [rows[name].digest for name in names[::2]] == [measure_image(name, mode).hexdigest for name in names[::2]]
+    assert (results == [[True, False, True]]) if mode == "linear" else (None in results)
+
+
+def test_mapped_files(tmp_path: Path) -> None:
+    data = random.Random(5).randbytes(100_000)
+    (tmp_path / "file").write_bytes(data)
+    with (tmp_path / "file").open("r+b") as file:
+        number = file.fileno()
+        parts = [(0, 100_000), (1, 4096), (4095, 65), (8192, 0), (99_999, 1)]
+        streams = [_core.sm3(b"before") for _ in parts]
+        done = _core.sm3_update_mapped(streams, [(number, *part) for part in parts])
+        assert done == [True, True, True, False, True]  # nothing is not mapped, either
+        wanted = [sm3(b"before" + data[start : start + length]) for start, length in parts]
+        assert [stream.hexdigest() for stream in streams] == wanted
+        for offset, count, salt in ((0, 24, b""), (4096, 3, bytes(65)), (1, 2, b"s")):
+            part = data[offset : offset + 4096 * count]
+            assert _core.sm3_blocks_mapped(number, offset, 4096 * count, prefix=salt) == _core.sm3_blocks(part, prefix=salt)
+        assert _core.sm3_blocks_mapped(number, 0, 0) == b""
+        file.truncate(4096)
+        again = _core.sm3_update_mapped([*streams, _core.sm3()], [*((number, 4096 * at, 4096) for at in (1, 2, 3, 4, 5)), (number, 0, 4096)])
+        assert again == [False] * 5 + [True]
+        assert [stream.hexdigest() for stream in streams] == wanted
+        assert _core.sm3_blocks_mapped(number, 0, 8192) is None
+    assert _core.sm3_update_mapped(streams[:1], [(-1, 0, 5)]) == [False]
+    assert _core.sm3_blocks_mapped(-1, 0, 4096) is None
+    assert _core.sm3_update_mapped([], []) == []
+    with pytest.raises(csvfast.errors.ArgumentError, match="more than once"):
+        _core.sm3_update_mapped([streams[0], streams[0]], [(0, 0, 1), (0, 0, 1)])
+    with pytest.raises(csvfast.errors.ArgumentError, match="1 windows for 2"):
+        _core.sm3_update_mapped(streams[:2], [(0, 0, 1)])
+    with pytest.raises(OverflowError):
+        _core.sm3_update_mapped(streams[:1], [(0, -1, 1)])
+    with pytest.raises(csvfast.errors.LengthError, match="multiple of block_length"):
+        _core.sm3_blocks_mapped(0, 0, 4095)
+
+
+_FAULTS = """
+import ctypes, mmap, os, signal, sys, tempfile
+from csvfast import _core
+file = tempfile.TemporaryFile()
+file.truncate(8192)
+mapping = mmap.mmap(file.fileno(), 8192)
+assert _core.sm3_update_mapped([_core.sm3()], [(file.fileno(), 0, 8192)]) == [True]
+os.ftruncate(file.fileno(), 0)
+assert _core.sm3_blocks_mapped(file.fileno(), 0, 8192) is None
+if sys.argv[1] == "taken":
+    signal.signal(signal.SIGBUS, signal.SIG_IGN)
+    file.truncate(8192)
+    assert _core.sm3_update_mapped([_core.sm3()], [(file.fileno(), 0, 8192)]) == [False]
+elif sys.argv[1] == "sent":
+    os.kill(os.getpid(), signal.SIGBUS)
+    print("went on")
+else:
+    mapping[0]
+    print("went on")
+"""
+
+
+@pytest.mark.parametrize("way", ["fault", "handler", "sent", "taken"])
+def test_faults_of_others_are_not_swallowed(way: str) -> None:
+    options = ["-X", "faulthandler"] if way == "handler" else []
+    done = subprocess.run([sys.executable, *options, "-c", _FAULTS, way], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (0 if way == "taken" else -signal.SIGBUS), done.stderr
+    assert done.stdout == ""
+    assert ("Fatal Python error: Bus error" in done.stderr) == (way == "handler")
 
 
 def test_large_image_that_changed_since_it_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ class Job:
         manifest: a file that names further sources.
         executor: None = threads, one for each of `jobs` (None = processors); another one belongs to the caller, who closes it.
         ledger: where rows are kept; what it holds already and has not changed is not measured again. fresh: forget that.
-        retries: of a task whose worker was lost. access: "mmap" for files that nobody truncates meanwhile.
+        retries: of a task whose worker was lost. access: "mmap" or "read", of local files.
         progress: called with a JobProgress, about ten times a second, from any thread, one at a time.
     Attributes: progress, table (complete when the iterator has ended), repaired (bytes of a ledger's torn last line).
     Raises: ParameterError, RecipeError, SourceError (of the manifest), TargetError (of the ledger), ExecutorError. A source that
@@ -95,7 +95,7 @@ class Job:
         ledger: AnyPath | None = None,
         fresh: bool = False,
         retries: int = 3,
-        access: Access = "read",
+        access: Access = "mmap",
         progress: Callable[[JobProgress], None] | None = None,
     ) -> None:
         if access not in ("read", "mmap"):

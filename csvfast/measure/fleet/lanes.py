@@ -1,13 +1,13 @@
 """Linear digests of many sources in one core: each source is a stream of its own, and the streams share vector registers.
 
 One linear SM3 is serial, and uses a fraction of what a core can do; sixteen or thirty-two of them side by side take hardly longer
-than one. Small local files are opened, read and hashed without the GIL, hundreds in one call; everything else is read piece by
-piece into one buffer for each lane, and a lane whose source ends is given to the next. Memory: ROOM_BYTES and LANES pieces.
+than one. Small local files are opened, read and hashed without the GIL, hundreds in one call. Larger ones are mapped, window by
+window, or read piece by piece into one buffer for each lane; a lane whose source ends is given to the next. Memory: ROOM_BYTES and
+LANES pieces; windows are pages of the cache, which the kernel takes back when it needs them.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
@@ -17,7 +17,7 @@ from typing import Final
 from csvfast import _core
 from csvfast.measure.fleet.providers import FileSource, Readable, error_of, open_item
 from csvfast.measure.fleet.rows import Identity, Item, Row
-from csvfast.measure.fleet.tasks import Step, StoppedError
+from csvfast.measure.fleet.tasks import Step
 from csvfast.measure.source import Access
 
 __all__ = ["LANES", "SMALL_BYTES", "measure_lanes"]
@@ -32,7 +32,7 @@ WINDOW_BYTES: Final = 2 << 20
 READ_AHEAD_BYTES: Final = 4 << 20
 
 
-def measure_lanes(items: Sequence[Item], step: Step | None, worker: str, access: Access = "read") -> Iterator[tuple[int, Row]]:
+def measure_lanes(items: Sequence[Item], step: Step | None, worker: str, access: Access = "mmap") -> Iterator[tuple[int, Row]]:
     """Rows of items of mode "linear", each with the item's place in the list, in the order in which they end.
 
     Raises only what `step` raises. Thread-safety: safe from any thread.
@@ -110,34 +110,30 @@ class _Lane:
         self.done = 0
         self.started = time.time()
         self.seconds = 0.0
+        self.mapped = source if mapped and isinstance(source, FileSource) else None
         self._buffer = bytearray()
         self._advised = 0
-        self._mapped = source if mapped and isinstance(source, FileSource) else None
-        self._mapping: mmap.mmap | None = None
+
+    def window(self, most: int) -> tuple[int, int, int]:
+        """Descriptor, offset and length of the next bytes, at most so many, of a mapped lane."""
+        assert self.mapped is not None
+        self._advise(most)
+        return (self.mapped.descriptor, self.done, min(most, self.source.size - self.done))
 
     def piece(self, most: int) -> memoryview:
-        """The next bytes, at most so many; valid until the next call or `release`."""
+        """The next bytes, at most so many; valid until the next call."""
         count = min(most, self.source.size - self.done)
-        if self._mapped is not None and count:
-            window = min(WINDOW_BYTES, self.source.size - self.done)
-            self._mapping = self._mapped.map(self.done, window)
-            self.done += window
-            return memoryview(self._mapping)
         if len(self._buffer) < count:
             self._buffer = bytearray(count)
         view = memoryview(self._buffer)[:count]
+        self._advise(most)
+        self.source.read_at(view, self.done)
+        return view
+
+    def _advise(self, most: int) -> None:
         if isinstance(self.source, FileSource) and self.source.size - self._advised > most and self._advised <= self.done:
             self._advised = self.done + READ_AHEAD_BYTES
             self.source.will_need(self._advised, READ_AHEAD_BYTES)
-        self.source.read_at(view, self.done)
-        self.done += count
-        return view
-
-    def release(self) -> None:
-        """Gives a mapped window back."""
-        if self._mapping is not None:
-            self._mapping.close()
-            self._mapping = None
 
     def row(self, worker: str) -> Row:
         """Of a source that has been hashed to its end."""
@@ -179,7 +175,6 @@ class _Crowd:
                 yield from self._round()
         finally:
             for lane in self._live:
-                lane.release()
                 lane.source.close()
 
     def _refill(self) -> Iterator[tuple[int, Row]]:
@@ -198,39 +193,51 @@ class _Crowd:
 
     def _round(self) -> Iterator[tuple[int, Row]]:
         before = time.perf_counter()
-        most = PIECE_BYTES if len(self._live) > 2 else LONE_PIECE_BYTES
-        ready: list[_Lane] = []
-        pieces: list[memoryview] = []
-        ended: list[tuple[int, Row]] = []
-        for lane in list(self._live):
-            try:
-                pieces.append(lane.piece(most))
-                ready.append(lane)
-            except Exception as error:
-                ended.append(self._end(lane, Row.failed(lane.item, *error_of(error), started=lane.started, worker=self._worker)))
-        _core.sm3_update_many([lane.sm3 for lane in ready], pieces)
-        total = sum(map(len, pieces))
+        counts = self._hash_mapped([lane for lane in self._live if lane.mapped is not None])
+        failed = self._hash_read([lane for lane in self._live if lane not in counts], counts)
+        total = sum(counts.values())
         took = (time.perf_counter() - before) / max(total, 1)
-        for lane, piece in zip(ready, pieces, strict=True):
-            lane.seconds += len(piece) * took
-            piece.release()
-            lane.release()
-        del pieces
-        yield from ended
+        for lane, count in counts.items():
+            lane.done += count
+            lane.seconds += count * took
+        yield from failed
         if self._step is not None:
             self._step(total)
-        for lane in ready:
+        for lane in counts:
             if lane.done == lane.source.size:
                 try:
                     row = lane.row(self._worker)
-                except StoppedError:
-                    raise
                 except Exception as error:
                     row = Row.failed(lane.item, *error_of(error), started=lane.started, worker=self._worker)
                 yield self._end(lane, row)
 
+    def _hash_mapped(self, lanes: list[_Lane]) -> dict[_Lane, int]:
+        """The lanes that went on, and by how many bytes. The others will be read from now on, which says what is wrong."""
+        windows = [lane.window(WINDOW_BYTES) for lane in lanes]
+        results = _core.sm3_update_mapped([lane.sm3 for lane in lanes], windows)
+        for lane, hashed in zip(lanes, results, strict=True):
+            if not hashed:
+                lane.mapped = None
+        return {lane: window[2] for lane, window, hashed in zip(lanes, windows, results, strict=True) if hashed}
+
+    def _hash_read(self, lanes: list[_Lane], counts: dict[_Lane, int]) -> list[tuple[int, Row]]:
+        """Adds the lanes that went on to `counts`; returns the rows of those that failed."""
+        most = PIECE_BYTES if len(self._live) > 2 else LONE_PIECE_BYTES
+        failed: list[tuple[int, Row]] = []
+        pieces: dict[_Lane, memoryview] = {}
+        for lane in lanes:
+            try:
+                pieces[lane] = lane.piece(most)
+            except Exception as error:
+                row = Row.failed(lane.item, *error_of(error), started=lane.started, worker=self._worker)
+                failed.append(self._end(lane, row))
+        _core.sm3_update_many([lane.sm3 for lane in pieces], pieces.values())
+        for lane, piece in pieces.items():
+            counts[lane] = len(piece)
+            piece.release()
+        return failed
+
     def _end(self, lane: _Lane, row: Row) -> tuple[int, Row]:
         self._live.remove(lane)
-        lane.release()
         lane.source.close()
         return lane.place, row

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from csvfast import _core
 from csvfast.measure.errors import EmptySourceError, SourceChangedError
 from csvfast.measure.fleet.lanes import measure_lanes
 from csvfast.measure.fleet.providers import FileSource, Readable, error_of, open_item, recipe_identity
@@ -125,33 +126,34 @@ def _tree(item: Item, worker: str, step: Step | None, access: Access) -> Row:
 
 def _leaves(source: Readable, item: Item, start: int, stop: int, step: Step | None) -> Iterator[bytes]:
     block_hash, block_bytes = block_hash_of(item)
-    if isinstance(source, FileSource) and source.access == "mmap":
-        # Whole blocks as they are; what is left is read.
-        whole = start + (stop - start) // block_bytes * block_bytes
-        for offset in range(start, whole, WINDOW_BYTES):
+    mapped = source if isinstance(source, FileSource) and source.access == "mmap" else None
+    whole = start + (stop - start) // block_bytes * block_bytes
+    advised = start
+    offset = start
+    buffer = bytearray()
+    while offset < stop:
+        if isinstance(source, FileSource) and offset >= advised and stop - offset > READ_AHEAD_BYTES:
+            advised += READ_AHEAD_BYTES
+            source.will_need(advised, READ_AHEAD_BYTES)
+        leaves = None
+        if mapped is not None and offset < whole:  # what is left is padded
             count = min(WINDOW_BYTES, whole - offset)
-            with source.map(offset, count) as mapping, memoryview(mapping) as view:
-                leaves = block_hash.digests(view, block_bytes)
-            yield leaves
-            if step is not None:
-                step(count)
-        start = whole
-    room = max(STEP_BYTES, block_bytes)
-    buffer = bytearray(min(room, -(-max(stop - start, 0) // block_bytes) * block_bytes))
-    with memoryview(buffer) as view:
-        for offset in range(start, stop, room):
-            count = min(room, stop - offset)
-            if isinstance(source, FileSource) and (offset - start) % READ_AHEAD_BYTES == 0:
-                source.will_need(offset + READ_AHEAD_BYTES, min(READ_AHEAD_BYTES, max(stop - offset - READ_AHEAD_BYTES, 1)))
-            with view[:count] as piece:
-                source.read_at(piece, offset)
+            leaves = _core.sm3_blocks_mapped(mapped.descriptor, offset, count, block_bytes, prefix=block_hash.salt)
+            if leaves is None:  # reading says what is wrong
+                mapped = None
+        if leaves is None:
+            count = min(max(STEP_BYTES, block_bytes), stop - offset)
             padded = -(-count // block_bytes) * block_bytes
-            if padded != count:
-                buffer[count:padded] = bytes(padded - count)
-            with view[:padded] as piece:
-                yield block_hash.digests(piece, block_bytes)
-            if step is not None:
-                step(count)
+            if len(buffer) < padded:
+                buffer = bytearray(padded)
+            with memoryview(buffer) as view:
+                source.read_at(view[:count], offset)
+                view[count:padded] = bytes(padded - count)
+                leaves = block_hash.digests(view[:padded], block_bytes)
+        yield leaves
+        if step is not None:
+            step(count)
+        offset += count
 
 
 def _launch(item: Item, worker: str, step: Step | None) -> Row:

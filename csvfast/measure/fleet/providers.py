@@ -97,6 +97,7 @@ class SourceProvider(Protocol):
 
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):", re.ASCII)
+_REMOTE: Final = "csvfast.measure.fleet.remote:provider"
 _providers: dict[str, str] = {}
 
 
@@ -108,14 +109,21 @@ def register_provider(scheme: str, reference: str) -> None:
 
 
 def provider_for(source: str) -> str:
-    """The provider of a source, "" for paths. Raises ParameterError for "scheme://" of a scheme nobody registered."""
+    """The provider of a source, "" for paths. What nobody registered, fsspec opens when it knows the scheme.
+
+    Raises: ParameterError for "scheme://" of any other scheme.
+    """
     scheme = _SCHEME.match(source)
     if scheme is None:
         return ""
     if scheme[1] in _providers:
         return _providers[scheme[1]]
     if source.startswith(f"{scheme[1]}://"):
-        known = ", ".join(sorted(_providers)) or "none"
+        from csvfast.measure.fleet.remote import knows
+
+        if knows(scheme[1]):
+            return _REMOTE
+        known = ", ".join(sorted({*_providers, "s3", "http", "https"}))
         raise ParameterError(f"{source}: nothing opens {scheme[1]!r} URLs; expected a path or one of the schemes: {known}")
     return ""
 
@@ -154,6 +162,11 @@ class FileSource(Source):
 
     def __init__(self, path: AnyPath, access: Access = "read") -> None:
         super().__init__(path, access=access, streams=False)
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file, for the calls of `_core` that map it."""
+        return self._fd
 
     @property
     def identity(self) -> Identity:

@@ -32,7 +32,7 @@ TASK_BYTES: Final = 32 << 20
 TASK_FILES: Final = 512
 
 
-def plan(items: Iterable[Item], slots: int, access: Access = "read") -> Iterator[Task]:
+def plan(items: Iterable[Item], slots: int, access: Access = "mmap") -> Iterator[Task]:
     """The tasks that measure all items: small ones while they are being found, then large ones, the largest first."""
     numbers = count()
     large: list[Item] = []

@@ -51,7 +51,7 @@ class WholeTask:
 
     number: int
     items: tuple[Item, ...]
-    access: Access = "read"
+    access: Access = "mmap"
 
     @property
     def size(self) -> int:
@@ -70,7 +70,7 @@ class RangeTask:
     item: Item
     start: int
     stop: int
-    access: Access = "read"
+    access: Access = "mmap"
 
     @property
     def size(self) -> int:
