@@ -18,30 +18,30 @@ static const uint32_t constants[64] __attribute__((aligned(16))) = {
     0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f,
     0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2,
 };
+/* A state as the instructions want it, in memory, too: f e b a and h g d c. */
 static const uint32_t initial[8] = {
-    0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19,
+    0x9b05688c, 0x510e527f, 0xbb67ae85, 0x6a09e667, 0x5be0cd19, 0x1f83d9ab, 0xa54ff53a, 0x3c6ef372,
 };
+static const uint8_t place[8] = {3, 2, 7, 6, 1, 0, 5, 4};   /* of a, b, ..., h */
 
-/* A state as the instructions want it: words a b e f and c d g h, from the highest to the lowest. */
 typedef struct state {
     __m128i abef, cdgh;
 } state;
 
 static inline state load(const uint32_t h[8])
 {
-    const __m128i low = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i *)h), 0xB1);
-    const __m128i high = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i *)(h + 4)), 0x1B);
-    return (state){_mm_alignr_epi8(low, high, 8), _mm_blend_epi16(high, low, 0xF0)};
+    return (state){_mm_loadu_si128((const __m128i *)h), _mm_loadu_si128((const __m128i *)(h + 4))};
 }
 
-static inline void store(uint32_t h[8], state s)
+/* What the state was before the block waits in memory that is wiped, and not in registers, which the compiler would put on the stack. */
+static inline state add_to(uint32_t h[8], state s)
 {
-    const __m128i low = _mm_shuffle_epi32(s.abef, 0x1B), high = _mm_shuffle_epi32(s.cdgh, 0xB1);
-    _mm_storeu_si128((__m128i *)h, _mm_blend_epi16(low, high, 0xF0));
-    _mm_storeu_si128((__m128i *)(h + 4), _mm_alignr_epi8(high, low, 8));
+    const state before = load(h);
+    s = (state){_mm_add_epi32(s.abef, before.abef), _mm_add_epi32(s.cdgh, before.cdgh)};
+    _mm_storeu_si128((__m128i *)h, s.abef);
+    _mm_storeu_si128((__m128i *)(h + 4), s.cdgh);
+    return s;
 }
-
-static inline state add(state s, state t) { return (state){_mm_add_epi32(s.abef, t.abef), _mm_add_epi32(s.cdgh, t.cdgh)}; }
 
 /* 16 words of message, big-endian in memory. */
 static inline void load_message(__m128i w[4], const uint8_t *data)
@@ -67,7 +67,6 @@ static void compress2(uint32_t h0[8], uint32_t h1[8], const uint8_t *data, size_
 {
     state s0 = load(h0), s1 = load(h1);
     for (; blocks; blocks--, data += 64) {
-        const state before0 = s0, before1 = s1;
         __m128i w[4];
         load_message(w, data);
 #pragma GCC unroll 16
@@ -80,11 +79,9 @@ static void compress2(uint32_t h0[8], uint32_t h1[8], const uint8_t *data, size_
             if (i < 12)
                 expand(w, i);
         }
-        s0 = add(s0, before0);
-        s1 = add(s1, before1);
+        s0 = add_to(h0, s0);
+        s1 = add_to(h1, s1);
     }
-    store(h0, s0);
-    store(h1, s1);
 }
 
 /* Two states over one message and a third one over another. */
@@ -92,7 +89,6 @@ static void compress3(uint32_t h0[8], uint32_t h1[8], uint32_t h2[8], const uint
 {
     state s0 = load(h0), s1 = load(h1), s2 = load(h2);
     for (; blocks; blocks--, data += 64, other += 64) {
-        const state before0 = s0, before1 = s1, before2 = s2;
         __m128i w[4], v[4];
         load_message(w, data);
         load_message(v, other);
@@ -111,13 +107,10 @@ static void compress3(uint32_t h0[8], uint32_t h1[8], uint32_t h2[8], const uint
                 expand(v, i);
             }
         }
-        s0 = add(s0, before0);
-        s1 = add(s1, before1);
-        s2 = add(s2, before2);
+        s0 = add_to(h0, s0);
+        s1 = add_to(h1, s1);
+        s2 = add_to(h2, s2);
     }
-    store(h0, s0);
-    store(h1, s1);
-    store(h2, s2);
 }
 
 int csvf__sha256_layer_usable(void) { return (csvf__cpu() & CSVF_CPU_SHA) != 0; }
@@ -189,7 +182,7 @@ static void finish(uint8_t digest[32], const uint32_t h[8], const uint8_t *rest,
     memcpy(ended, h, sizeof ended);
     compress2(ended, unused, tail, blocks);
     for (size_t i = 0; i < 32; i++)
-        digest[i] = (uint8_t)(ended[i / 4] >> (24 - 8 * (i % 4)));
+        digest[i] = (uint8_t)(ended[place[i / 4]] >> (24 - 8 * (i % 4)));
     csvf_wipe(tail, sizeof tail);
     csvf_wipe(ended, sizeof ended);
     csvf_wipe(unused, sizeof unused);

@@ -16,7 +16,7 @@
 #include <stdint.h>
 
 typedef struct csvf_sha256_layer {
-    uint32_t sealed[8], mac[8], clear[8];
+    uint32_t sealed[8], mac[8], clear[8];   /* in the order of the instructions */
     uint32_t outer[8];            /* HMAC's outer hash after its key block */
     uint8_t sealed_rest[64];      /* total % 64 bytes that wait for the rest of their block */
     uint8_t clear_rest[64];

@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "../sha256/sha256_layer.h"
 #include "checkmem.h"
 
 static csvf_engine *engine, *line_engine;   /* the two tweak models */
@@ -272,6 +273,26 @@ static int control_index(uint8_t *out, const uint8_t *secret)
     return CSVF_OK;
 }
 
+/* A layer's three states: the key of the MAC and the plaintext are secret. Nothing, where the CPU (or valgrind's) has no SHA
+ * instructions: traces cover them. */
+static int layer_hashes(uint8_t *out, const uint8_t *secret)
+{
+    static const size_t lengths[] = {1, 62, 1, 64, 200, 4096, 55, 0};
+    csvf_sha256_layer layer;
+    size_t at = 64;
+    if (!csvf__sha256_layer_usable())
+        return CSVF_OK;
+    csvf__sha256_layer_init(&layer, secret, 32);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; at += lengths[i++])
+        csvf__sha256_layer_update(&layer, secret + at, secret + at + 64, lengths[i]);
+    csvf__sha256_layer_digests(&layer, out, out + 32, out + 64);
+    csvf__sha256_layer_init(&layer, secret, 64);
+    csvf__sha256_layer_update(&layer, secret + 64, NULL, 1000);
+    csvf__sha256_layer_digests(&layer, out + 96, out + 128, out + 160);
+    csvf_wipe(&layer, sizeof layer);
+    return CSVF_OK;
+}
+
 const operation OPERATIONS[] = {
     {"xts key schedule", CSVF_PRIMITIVE_SM4, xts_key_schedule, 0},
     {"xts 4 KiB units, GB", CSVF_PRIMITIVE_SM4, xts_pages_gb, 0},
@@ -293,6 +314,7 @@ const operation OPERATIONS[] = {
     {"sm2 generate, sign", CSVF_PRIMITIVE_SM2, sm2_generate, 0},
     {"sm2 encrypt", CSVF_PRIMITIVE_SM2, sm2_encrypt, 0},
     {"sm2 agreement", CSVF_PRIMITIVE_SM2, sm2_agreement, 0},
+    {"sha256 layer", CSVF_PRIMITIVE_SM3, layer_hashes, 0},
     {"equality", CSVF_PRIMITIVE_SM3, equality, 0},
     {"control: branch", CSVF_PRIMITIVE_SM3, control_branch, 1},
     {"control: index", CSVF_PRIMITIVE_SM3, control_index, 1},

@@ -9,6 +9,7 @@
 #include <pthread.h>
 
 #include "../include/csvfast.h"
+#include "../sha256/sha256_layer.h"
 #include "../sm2/sm2_kernel.h"
 #include "../sm2/sm2_objects.h"
 #include "../sm4/ghash_kernel.h"
@@ -345,6 +346,42 @@ static void test_sm3(void)
     (void)csvf_force_kernel(CSVF_PRIMITIVE_SM3_MANY, NULL);
 }
 
+static csvf_sha256_layer layer;
+
+static void do_layer(void)
+{
+    csvf__sha256_layer_init(&layer, key, 32);
+    csvf__sha256_layer_update(&layer, sealed, unit_size ? data : NULL, 100);
+    csvf__sha256_layer_update(&layer, sealed + 100, unit_size ? data + 100 : NULL, length);
+    csvf__sha256_layer_digests(&layer, digests, digests + 32, digests + 64);
+    status = CSVF_OK;
+}
+
+/* As the instructions have it, and as the digest does. */
+static void secret_state(const uint32_t h[8])
+{
+    const uint32_t turned[8] = {h[3], h[2], h[7], h[6], h[1], h[0], h[5], h[4]};
+    secret(h, 32);
+    secret(turned, 32);
+}
+
+static void test_layer(void)
+{
+    if (!csvf__sha256_layer_usable())
+        return;
+    test_fill(sealed, sizeof sealed, 3);
+    for (length = 0; length <= 1100; length += length < 130 ? 13 : 197)
+        for (unit_size = 0; unit_size < 2; unit_size++) {
+            test_case("sha256 of a layer, %zu bytes, plaintext %zu", length, unit_size);
+            sm3_secrets();
+            do_layer();
+            secret_state(layer.mac);
+            secret_state(layer.outer);
+            secret_state(layer.clear);
+            leaves_nothing(do_layer);
+        }
+}
+
 static void do_memory(void)
 {
     status = csvf_asid_install(engine, 1, key, 32);
@@ -474,6 +511,7 @@ int main(void)
     RUN(test_xts);
     RUN(test_ctr_gcm);
     RUN(test_sm3);
+    RUN(test_layer);
     RUN(test_memory);
     RUN(test_sm2);
     return test_report();
