@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -123,13 +124,16 @@ class DaskExecutor(_Closing):
         from distributed import Client
 
         place = {"scheduler_file": self.address} if self.address.endswith(".json") else {"address": self.address}
+        client: Any = None
         try:
             if "scheduler_file" in place and not os.path.exists(self.address):  # noqa: PTH110
                 raise FileNotFoundError("no such scheduler file")
-            client = Client(**place, asynchronous=True, set_as_default=False, timeout=self._timeout)
+            client = Client(**place, asynchronous=True, set_as_default=False, timeout=self._timeout)  # type: ignore[no-untyped-call]
             self._client = await asyncio.wait_for(client, self._timeout + 1)
             await self._count()
         except (OSError, TimeoutError, ValueError) as error:
+            if client is not None:
+                await _close(client)
             why = f"nothing answers within {self._timeout:g} s" if isinstance(error, TimeoutError) else _one_line(error)
             raise ExecutorError(f"cluster {self.address}: {why}; expected the address of a Dask scheduler") from error
         self._watcher = self._loop.create_task(self._watch())
@@ -170,7 +174,7 @@ class DaskExecutor(_Closing):
         await asyncio.gather(self._watcher, return_exceptions=True)
         if cancel and running and self._client.status == "running":
             await self._idle()
-        await self._client.close()
+        await _close(self._client)
 
     async def _idle(self) -> None:
         """Waits until no worker does any of the cancelled tasks, for a few steps' time."""
@@ -282,6 +286,12 @@ def _wanted() -> Step | None:
 
 def _under_way(prefix: str, dask_worker: Any = None) -> bool:
     return any(str(key).startswith(prefix) for key in list(dask_worker.active_keys))
+
+
+async def _close(client: Any) -> None:
+    with suppress(Exception):  # of connections that are gone already
+        await client.close()
+    client.status = "closed"  # one that lost its scheduler never gets there, and would try again when it is collected
 
 
 def _one_line(error: BaseException) -> str:
