@@ -13,7 +13,7 @@ from broker.stores import PATH, Program, record
 from csvfast.broker.master import FileMaster
 from csvfast.broker.store import Job, Store
 
-ROUNDS = int(os.environ.get("CSVFAST_KILL_ROUNDS", "20"))
+ROUNDS = int(os.environ.get("CSVFAST_KILL_ROUNDS", "12"))
 
 
 @pytest.mark.timeout(30 + 15 * ROUNDS)
