@@ -37,19 +37,20 @@ __all__ = ["attack"]
 KEY: Final = "default/key/images"
 DEBUGGABLE: Final = GuestPolicy.of(noks=True, es=True, nosend=True, csv=True, api_major=1, api_minor=3)
 GUEST_BYTES: Final = 4 << 20
-PATIENCE: Final = 15.0  # for a guest whose memory was changed: it may hang
+PATIENCE: Final = 6.0  # for a guest whose memory was changed: it may hang
 
 
 def attack(life: Life) -> None:
     """All of them."""
     quick = life.executor.name if executor_of("emulator").unavailable() else "emulator"
-    swap_pages(life)
-    tamper_launch(life)
-    tamper_agent(life, quick)
-    tamper_layer(life, quick)
-    with Chip(life, quick) as chip:
-        steal_certificate(life, chip)
-        debug_guest(life, chip)
+    with life.working("attacks"):
+        swap_pages(life)
+        tamper_launch(life)
+        tamper_agent(life, quick)
+        tamper_layer(life, quick)
+        with Chip(life, quick) as chip:
+            steal_certificate(life, chip)
+            debug_guest(life, chip)
 
 
 def told(life: Life, title: str, tried: str, stopped_by: str, words: str, held: bool, outcome: str = "refused") -> None:

@@ -143,12 +143,22 @@ class Life:
         """One step: on the terminal while it runs, on the page with its time. The dictionary's "text" and "seen" may be set."""
         begin = time.monotonic()
         found = {"text": text, "seen": ""}
-        yield found
+        with self.working(title):
+            yield found
         seconds = time.monotonic() - begin
         self.page.steps.append(Step(title, found["text"], begin - self._began, seconds, found["seen"]))
         self.out.print(f"[bold]{len(self.page.steps):2}  {title}[/]  [dim]{seconds:.2f} s[/]\n    {found['text']}")
         for line in found["seen"].splitlines()[:3]:
             self.out.print(f"    [dim]host: {line[:100]}[/]", markup=True)
+
+    @contextmanager
+    def working(self, title: str) -> Iterator[None]:
+        """Shows on a terminal that something is being done."""
+        if self.out.is_terminal:
+            with self.out.status(f"{title} ..."):
+                yield
+        else:
+            yield
 
     def expect(self, holds: bool, what: str) -> None:
         """A check of the demo itself."""
