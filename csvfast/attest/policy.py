@@ -33,7 +33,6 @@ Thread-safety: immutable objects.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -96,6 +95,8 @@ class AppraisalPolicy:
     @classmethod
     def parse(cls, data: bytes) -> AppraisalPolicy:
         """From the bytes of a file, UTF-8. FormatError."""
+        import tomllib  # here: a guest, which parses no policy, would pay for it
+
         if len(data) > _POLICY_LIMIT:
             _refuse("length", f"more than {_POLICY_LIMIT} bytes", f"at most {_POLICY_LIMIT} bytes")
         try:

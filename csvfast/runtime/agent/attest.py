@@ -41,6 +41,8 @@ class CertifiedAttester:
         try:
             if self._attester is None:
                 self._attester = self._make()
+                begin, before = time.monotonic(), begin
+                self._timed("load libraries", begin - before)
             found = self._attester.evidence(report_data)
             if found.hsk_cek is None and self.certificates is not None:
                 found = found.with_certificates(self.certificates)

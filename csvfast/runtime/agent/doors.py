@@ -4,7 +4,8 @@
         private = door.unwrap(layer)                   # a layer's private options, out of its packets
 
 The TLS key is made here, the report is about it, the certificate holds both; the broker decides. A connection is made with the
-first layer; keys are wiped when the door is closed.
+first layer; keys are wiped when the door is closed. The parts of "attest to the broker" are timed, too: "load libraries", which in a
+guest takes longest by far, "TLS key", "report and certificate", "handshake".
 
 Thread-safety: any thread; requests follow one another.
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from csvfast.errors import AttestedTlsError, BrokerError, ContainerError, CsvfastError, ImageError
@@ -95,30 +97,49 @@ class Door:
         finally:
             self._timed("attest to the broker", time.monotonic() - begin)
 
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._timed(name, time.monotonic() - begin)
+
     def _verdictd(self, broker: dict[str, Any]) -> None:
-        from csvfast.broker.clients.verdictd import VerdictdClient
-        from csvfast.image.wrappers import VerdictdDecrypt, VerdictdKeks
-        from csvfast.ratstls.peer import Requirement
+        with self._step("load libraries"):
+            from csvfast.broker.clients.verdictd import VerdictdClient
+            from csvfast.image.wrappers import VerdictdDecrypt, VerdictdKeks
+            from csvfast.ratstls.certificate import attest_certificate
+            from csvfast.ratstls.context import Identity
+            from csvfast.ratstls.keys import TlsKey
+            from csvfast.ratstls.peer import Requirement
 
         host, _, port = broker["address"].rpartition(":")
         if not host or not port.isascii() or not port.isdigit():
             raise ContainerError("broker", f"{broker['address'][:80]!r}: expected host:port")
         known = Requirement.pinned([bytes.fromhex(broker["pin"])]) if "pin" in broker else Requirement.unattested()
-        client = VerdictdClient((host.strip("[]"), int(port)), self._attester, known)
-        client.connect()
+        with self._step("TLS key"):
+            key = TlsKey.generate("p256")
+        with self._step("report and certificate"):
+            identity = Identity(key, attest_certificate(key, self._attester, custom={}, layout="rats-tls"))
+        client = VerdictdClient((host.strip("[]"), int(port)), self._attester, known, identity=identity)
+        with self._step("handshake"):
+            client.connect()
         self._client = client
         self._wrapper = VerdictdDecrypt(client) if broker.get("decrypt") else VerdictdKeks(self._mapped(client))
 
     def _kbs(self, broker: dict[str, Any]) -> None:
-        from csvfast.broker.clients.kbs import KbsClient
-        from csvfast.image.wrappers import KbsKeks
+        with self._step("load libraries"):
+            from csvfast.broker.clients.kbs import KbsClient
+            from csvfast.image.wrappers import KbsKeks
 
         url = broker["url"]
         tls = None
         if url.startswith("https:"):
             tls = _tls(broker)
         client = KbsClient(url, self._attester, tls=tls, insecure=not url.startswith("https:"))
-        client.handshake()  # once: a refusal stays one
+        with self._step("handshake"):
+            client.handshake()  # once: a refusal stays one
         self._client = client
         self._wrapper = KbsKeks(self._mapped(client))
 
