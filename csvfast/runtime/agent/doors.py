@@ -4,8 +4,8 @@
         private = door.unwrap(layer)                   # a layer's private options, out of its packets
 
 The TLS key is made here, the report is about it, the certificate holds both; the broker decides. A connection is made with the
-first layer; keys are wiped when the door is closed. The parts of "attest to the broker" are timed, too: "load libraries", which in a
-guest takes longest by far, "TLS key", "report and certificate", "handshake".
+first layer; keys are wiped when the door is closed. The parts of "attest to the broker" are timed, too: "load libraries", which
+takes a guest longest by far, "TLS key", "report and certificate", "handshake".
 
 Thread-safety: any thread; requests follow one another.
 """
