@@ -15,7 +15,7 @@ MIB = 1 << 20
 class Limits:
     """Bounds for one image. All counts are for the image as a whole unless they say "each".
 
-    entries         archive entries, whiteouts included
+    entries         archive entries, whiteouts included; and directories, as those on the way to an entry need none of their own
     total_bytes     sum of the files' logical sizes (holes of sparse files count), and of the bytes that come out of decompression
     file_bytes      logical size, each file
     ratio           bytes out of decompression for each byte in, each layer; not looked at before `ratio_floor` bytes are out

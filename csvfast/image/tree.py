@@ -107,6 +107,7 @@ class RootDirectory:
         self.owners = os.geteuid() == 0 if owners is None else owners
         self.devices, self.content, self.limits = devices, content, limits
         self.layer = -1  # counts layers; -1 before the first
+        self._made = 0  # directories: an entry may make a hundred on its way
         self.notes: list[str] = []  # what could not be done and was left out, at most 100 lines
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -122,7 +123,7 @@ class RootDirectory:
         self._capacity = 2 * limits.depth + 16
         self._open: OrderedDict[Node, None] = OrderedDict()  # without the root, which stays open
         self._last: tuple[bytes, Node] | None = None
-        self._identity = os.geteuid(), os.getegid()
+        self._root = os.geteuid() == 0
 
     def __enter__(self) -> RootDirectory:
         return self
@@ -167,7 +168,7 @@ class RootDirectory:
             chain.append(above)
         for one in reversed(chain):
             assert one.parent is not None, "the root directory is closed"
-            self._keep(one, self._open_directory(one.name, one.parent.fd))
+            self._keep(one, os.open(one.name, _OPEN_DIRECTORY, dir_fd=one.parent.fd))
         return node.fd
 
     def directory(self, path: bytes, *, create: bool) -> Node | None:
@@ -212,7 +213,7 @@ class RootDirectory:
         """What is there: a directory, a symbolic link's target, or nothing."""
         above = self.descriptor(parent)
         try:
-            descriptor = self._open_directory(name, above)
+            descriptor = os.open(name, _OPEN_DIRECTORY, dir_fd=above)
         except FileNotFoundError:
             return None
         except OSError:
@@ -228,6 +229,10 @@ class RootDirectory:
         if status.st_dev != self._device:
             os.close(descriptor)
             raise ImageError(shown(_join(parent, name)), "another file system is mounted there")
+        if not self._root and status.st_mode & 0o700 != 0o700:
+            # A directory of an earlier run that its owner may not write to; finish() sets the mode again.
+            with suppress(PermissionError):
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode) | 0o700)
         node = self._node(parent, name, _metadata(status), descriptor)
         self._keep(node, descriptor)
         return node
@@ -249,19 +254,13 @@ class RootDirectory:
             os.close(oldest.fd)
             oldest.fd = -1
 
-    def _open_directory(self, name: bytes, above: int) -> int:
-        descriptor = os.open(name, _OPEN_DIRECTORY, dir_fd=above)
-        if self._identity[0] != 0:  # a directory of an earlier run that its owner may not write to; finish() sets the mode again
-            mode = os.fstat(descriptor).st_mode
-            if mode & 0o700 != 0o700:
-                with suppress(PermissionError):
-                    os.fchmod(descriptor, mode & 0o7777 | 0o700)
-        return descriptor
-
     # Changing
 
     def make_directory(self, parent: Node, name: bytes, metadata: Metadata) -> Node:
-        """A new directory. Raises FileExistsError."""
+        """A new directory. Raises FileExistsError; ImageError: there have been too many."""
+        self._made += 1
+        if self._made > self.limits.entries:
+            raise ImageError(shown(_join(parent, name)), f"the image has more than {self.limits.entries} directories")
         node = self._node(parent, name, metadata)
         try:
             os.mkdir(name, 0o700, dir_fd=self.descriptor(parent))

@@ -291,6 +291,13 @@ def test_bombs(kind: str, ahead: bool) -> None:
         layer.finish()
 
 
+def test_a_bomb_of_directories(world: World) -> None:
+    """They need no entries of their own: one entry makes a hundred on its way."""
+    names = (f"{number}/" + "d/" * 99 + "file" for number in range(20))
+    world.refuses("more than 200 directories", tar(*(entry(name) for name in names)), limits=Limits(entries=200))
+    assert sum(len(names) for _, names, _ in os.walk(world.root)) <= 200
+
+
 def test_a_bomb_of_entries(world: World) -> None:
     layer = gzip.compress(tar(*(entry(f"{number}") for number in range(300))))
     world.refuses("more than 200 entries", layer, limits=Limits(entries=200), media_type="gzip")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,27 @@ def test_a_tree_that_was_there(place: Path) -> None:
     unpack(place, tar(entry("d/g"), entry(".wh.e")))
     assert names(place) == ["d", "d/f", "d/g"]
     assert (stat.S_IMODE((place / "d").stat().st_mode), (place / "d").stat().st_mtime) == (0o511, 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(os.geteuid() != 0, reason="the test before did it as an ordinary user")
+def test_a_tree_that_was_there_as_an_ordinary_user() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        place = Path(folder) / "root"
+        place.mkdir()
+        os.chown(place, 65534, 65534)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgid(65534)
+                os.setuid(65534)
+                test_a_tree_that_was_there(place)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert (place / "d").stat().st_uid == 65534
 
 
 def test_attributes_are_replaced(place: Path) -> None:
