@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,26 @@ def test_demo_on_small_images() -> None:
     assert "every check held" in done.stdout
     assert "found: block 1023" in done.stdout
     assert "Hygon's root, the default, refuses it" in done.stdout
+
+
+@pytest.mark.slow
+def test_demo_of_a_container(tmp_path: Path) -> None:
+    """The whole story and all attacks on the emulator; the page shows them, and nothing but the page is left."""
+    pytest.importorskip("unicorn")
+    report = tmp_path / "report.html"
+    command = [sys.executable, "-P", str(ROOT / "tools" / "demo.py"), "--executor", "emulator", "--report", str(report)]
+    with tempfile.TemporaryDirectory(prefix="csvfast-") as temporary:  # a socket's path is short
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "TMPDIR": temporary}
+        )
+        left = list(Path(temporary).iterdir())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert left == []
+    assert "every check held, every attack failed" in done.stdout
+    page = report.read_text(encoding="utf-8")
+    assert page.count("<article") == 7
+    assert "SUCCEEDED" not in page
+    assert "opens with 31-07-44" not in page  # the letter's secret: only its hexdump is shown
 
 
 def test_demo_guest_without_real_boot_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
