@@ -362,32 +362,34 @@ def sm3_update_many(streams, buffers, /):
 cdef extern from "../sm3/sm3_files.h" nogil:
     ctypedef struct csvf__file:
         const char *path
-        int done
-        uint64_t device
         uint64_t inode
         uint64_t size
         int64_t mtime_ns
         int64_t ctime_ns
+        int done
         uint8_t digest[32]
     void csvf__sm3_files(csvf__file *files, size_t count, uint8_t *room, size_t room_length, size_t limit)
 
 
-def sm3_small_files(paths, room, limit, /):
+def sm3_small_files(paths, identities, room, limit, /):
     """SM3 of many small files, read and hashed without the GIL, side by side in vector lanes.
 
     Args:
         paths: an iterable of paths as bytes.
+        identities: as many objects with the numbers size, mtime_ns, ctime_ns and inode, as the files were found.
         room: writable buffer that the files are read into, longer than `limit`.
         limit: bytes of a file, at most.
-    Returns: a list with, for each path, (digest, size, mtime_ns, ctime_ns, inode, device), or None for what is no regular file of at
-        most `limit` bytes, cannot be read, or changed meanwhile: to be measured in another way, which says what is wrong.
-    Raises: LengthError, BufferTypeError, ReadOnlyBufferError.
+    Returns: a list with, for each path, the digest, or None for what is no regular file of at most `limit` bytes, cannot be read, or is not, or
+        is no longer, what was found: to be measured in another way, which says what is wrong.
+    Raises: ArgumentError (other numbers of paths and identities), LengthError, BufferTypeError, ReadOnlyBufferError.
     Thread-safety: safe from any thread, with room of its own.
     """
-    cdef tuple names = tuple(paths)
+    cdef tuple names = tuple(paths), found = tuple(identities)
     cdef Py_ssize_t count = len(names), most = _length(limit, "limit"), index
     cdef csvf__file *files
     cdef Py_buffer view
+    if len(found) != count:
+        raise errors.ArgumentError(f"there are {len(found)} identities for {count} paths; expected one for each")
     for index in range(count):
         if type(names[index]) is not bytes or b"\0" in names[index]:
             raise TypeError(f"path {index} must be bytes without NUL")
@@ -402,12 +404,16 @@ def sm3_small_files(paths, room, limit, /):
             raise errors.AllocationError(f"no memory for {count} file descriptions")
         try:
             for index in range(count):
+                identity = found[index]
                 files[index].path = PyBytes_AS_STRING(names[index])
+                files[index].size = identity.size
+                files[index].mtime_ns = identity.mtime_ns
+                files[index].ctime_ns = identity.ctime_ns
+                files[index].inode = identity.inode
             with nogil:
                 csvf__sm3_files(files, count, <uint8_t *>view.buf, view.len, most)
             return [
-                (PyBytes_FromStringAndSize(<char *>files[index].digest, 32), files[index].size, files[index].mtime_ns,
-                 files[index].ctime_ns, files[index].inode, files[index].device) if files[index].done else None
+                PyBytes_FromStringAndSize(<char *>files[index].digest, 32) if files[index].done else None
                 for index in range(count)
             ]
         finally:

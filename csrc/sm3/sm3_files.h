@@ -5,13 +5,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* One file. `done` = 1: it was a regular file of at most the limit's bytes, read whole, and the path still led to the same, unchanged file
- * afterwards; the other members hold. 0: anything else, errors too: it is to be measured in another way, which says what is wrong. */
+/* One file. `done` = 1: it was the regular file that the members say, read whole, and unchanged afterwards; the digest holds. 0: anything
+ * else, errors too: it is to be measured in another way, which says what is wrong. */
 typedef struct csvf__file {
-    const char *path; /* In */
-    int done;
-    uint64_t device, inode, size;
+    const char *path; /* In: this member and those up to ctime_ns */
+    uint64_t inode, size;
     int64_t mtime_ns, ctime_ns;
+    int done;
     uint8_t digest[32];
 } csvf__file;
 

@@ -41,6 +41,8 @@ from csvfast.measure import (
 from csvfast.measure.fleet import lanes, schedule, tasks
 from csvfast.measure.fleet.executors import WorkerLostError
 from csvfast.measure.fleet.ledger import Ledger, read_ledger
+from csvfast.measure.fleet.providers import identity_of
+from csvfast.measure.fleet.rows import Identity
 
 MIXED = (0, 1, 63, 64, 65, 4095, 4096, 4097, 65536, 262144, 262145, 300_001, 1_000_000)
 
@@ -115,14 +117,25 @@ def test_small_files_leaves_everything_else_alone(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(200))
     os.mkfifo(tmp_path / "pipe")
     names = [os.fsencode(tmp_path / name) for name in ("good", "large", "pipe", "missing", "")]
-    found = _core.sm3_small_files([*names, b"/proc/self/status", b"/dev/zero", names[0]], bytearray(200), 199)
+    names = [*names, b"/proc/self/status", b"/dev/zero", names[0]]
     status = (tmp_path / "good").stat()
-    good = (hashlib.new("sm3", b"abc").digest(), 3, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
-    assert found == [good, None, None, None, None, None, None, good]
+    good = Identity(3, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    found = [good] * len(names)
+    found[1] = identity_of(200, (tmp_path / "large").stat())
+    digest = hashlib.new("sm3", b"abc").digest()
+    assert _core.sm3_small_files(names, found, bytearray(200), 199) == [digest, None, None, None, None, None, None, digest]
+    for member in ("size", "mtime_ns", "ctime_ns", "inode"):
+        for change in (-1, 1):
+            other = replace(good, **{member: getattr(good, member) + change})
+            assert _core.sm3_small_files(names[:1], [other], bytearray(200), 199) == [None], member
     with pytest.raises(csvfast.errors.LengthError, match="more than the limit"):
-        _core.sm3_small_files(names, bytearray(199), 199)
+        _core.sm3_small_files(names, found, bytearray(199), 199)
+    with pytest.raises(csvfast.errors.ArgumentError, match="1 identities for 2"):
+        _core.sm3_small_files(names[:2], found[:1], bytearray(200), 199)
     with pytest.raises(TypeError, match="without NUL"):
-        _core.sm3_small_files([b"a\0b"], bytearray(199), 100)
+        _core.sm3_small_files([b"a\0b"], found[:1], bytearray(199), 100)
+    with pytest.raises(OverflowError):
+        _core.sm3_small_files(names[:1], [replace(good, size=-1)], bytearray(200), 199)
 
 
 @pytest.mark.parametrize("range_bytes", [1 << 20, 64 << 20])
@@ -250,8 +263,8 @@ def test_mapped_files(tmp_path: Path) -> None:
             assert _core.sm3_blocks_mapped(number, offset, 4096 * count, prefix=salt) == _core.sm3_blocks(part, prefix=salt)
         assert _core.sm3_blocks_mapped(number, 0, 0) == b""
         file.truncate(4096)
-        again = _core.sm3_update_mapped([*streams, _core.sm3()], [*((number, 4096 * at, 4096) for at in (1, 2, 3, 4, 5)), (number, 0, 4096)])
-        assert again == [False] * 5 + [True]
+        later = [(number, 4096 * at, 4096) for at in (1, 2, 3, 4, 5, 0)]
+        assert _core.sm3_update_mapped([*streams, _core.sm3()], later) == [False] * 5 + [True]
         assert [stream.hexdigest() for stream in streams] == wanted
         assert _core.sm3_blocks_mapped(number, 0, 8192) is None
     assert _core.sm3_update_mapped(streams[:1], [(-1, 0, 5)]) == [False]

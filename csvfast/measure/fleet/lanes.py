@@ -2,8 +2,8 @@
 
 One linear SM3 is serial, and uses a fraction of what a core can do; sixteen or thirty-two of them side by side take hardly longer
 than one. Small local files are opened, read and hashed without the GIL, hundreds in one call. Larger ones are mapped, window by
-window, or read piece by piece into one buffer for each lane; a lane whose source ends is given to the next. Memory: ROOM_BYTES and
-LANES pieces; windows are pages of the cache, which the kernel takes back when it needs them.
+window, or read piece by piece into one buffer for each lane; a lane whose source ends is given to the next. Memory: ROOM_BYTES
+and LANES pieces; windows are pages of the cache, which the kernel takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 
 from csvfast import _core
 from csvfast.measure.fleet.providers import FileSource, Readable, error_of, open_item
-from csvfast.measure.fleet.rows import Identity, Item, Row
+from csvfast.measure.fleet.rows import Item, Row
 from csvfast.measure.fleet.tasks import Step
 from csvfast.measure.source import Access
 
@@ -37,11 +37,12 @@ def measure_lanes(items: Sequence[Item], step: Step | None, worker: str, access:
 
     Raises only what `step` raises. Thread-safety: safe from any thread.
     """
-    small = [
-        place
-        for place, item in enumerate(items)
-        if not item.provider and item.content == "file" and item.size is not None and item.size <= SMALL_BYTES
-    ]
+    small: list[int] = []
+    for place, item in enumerate(items):
+        one = item.identity
+        if one is not None and one.mtime_ns is not None and one.size is not None and one.size <= SMALL_BYTES:
+            if not item.provider and item.content == "file":
+                small.append(place)
     left = sorted(set(range(len(items))).difference(small), key=lambda place: -(items[place].size or 0))
     for start in range(0, len(small), CALL_FILES):
         places = small[start : start + CALL_FILES]
@@ -69,34 +70,40 @@ def _room() -> bytearray:
 def _small_rows(items: Sequence[Item], worker: str) -> Iterable[Row | None]:
     started = time.time()
     before = time.perf_counter()
+    identities = [item.identity for item in items]
     try:
         names = [os.fsencode(item.location) for item in items]
-        results = _core.sm3_small_files(names, _room(), SMALL_BYTES)
-    except (TypeError, ValueError):  # a path that cannot be one: the other way says which, and why
+        digests = _core.sm3_small_files(names, identities, _room(), SMALL_BYTES)
+    except (TypeError, ValueError, OverflowError):  # what cannot be a path, numbers that none has: the other way says what is wrong
         return [None] * len(items)
-    took = (time.perf_counter() - before) / max(sum(result[1] for result in results if result is not None), 1)
-    return [
-        None
-        if result is None
-        else Row(
-            item.name,
-            "linear",
-            "file",
-            item.options.text(),
-            result[0].hex(),
-            result[1],
-            Identity(*result[1:]),
-            None,
-            None,
-            item.expect,
-            0,
-            started,
-            result[1] * took,
-            worker,
-            item.row_location,
+    total = sum([0 if digest is None else identity.size for digest, identity in zip(digests, identities, strict=True)])
+    took = (time.perf_counter() - before) / max(total, 1)
+    rows: list[Row | None] = []
+    for item, identity, digest in zip(items, identities, digests, strict=True):
+        if digest is None:
+            rows.append(None)
+            continue
+        size = identity.size
+        rows.append(
+            Row(
+                item.name,
+                "linear",
+                "file",
+                item.options.text(),
+                digest.hex(),
+                size,
+                identity,
+                None,
+                None,
+                item.expect,
+                0,
+                started,
+                size * took,
+                worker,
+                "" if item.location is item.name else item.row_location,
+            )
         )
-        for item, result in zip(items, results, strict=True)
-    ]
+    return rows
 
 
 class _Lane:
