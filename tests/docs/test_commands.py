@@ -191,7 +191,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/image-encryption.md", 8, prepare_image),
     ("docs/containers.md", 10, prepare_container),
     ("docs/unpacking.md", 5, prepare_unpacking),
-    ("docs/operations.md", 35, prepare_container),
+    ("docs/operations.md", 30, prepare_container),
 ]
 
 
