@@ -106,8 +106,14 @@ def packets_of(descriptor: Descriptor) -> tuple[Packet, ...]:
 
 
 def encrypted_annotations(given: Mapping[str, str], public: bytes, packets: Iterable[Packet]) -> dict[str, str]:
-    """Annotations of an encrypted layer. In: given   those it has; encryption's own are replaced. ImageError: no packet."""
+    """Annotations of an encrypted layer. In: given   those it has; encryption's own are replaced.
+
+    ImageError: no packet, or more than anybody reads.
+    """
     by_scheme: dict[str, list[str]] = {}
+    packets = tuple(packets)
+    if len(packets) > PACKET_LIMIT:
+        raise ImageError("layer", f"{len(packets)} wrapped keys; expected at most {PACKET_LIMIT}")
     for packet in packets:
         by_scheme.setdefault(check_scheme(packet.scheme), []).append(base64.b64encode(packet.data).decode("ascii"))
     if not by_scheme:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from csvfast.errors import ImageError, IntegrityError
 from csvfast.image.blobs import chunk_hash, read_blob
 from csvfast.image.descriptor import Descriptor, checked_digest, is_digest, is_index, is_manifest
-from csvfast.image.manifest import MANIFEST_LIMIT, Index, media_type_of
+from csvfast.image.manifest import INDEX_LIMIT, MANIFEST_LIMIT, Index, media_type_of
 from csvfast.image.new_file import new_file
 
 if TYPE_CHECKING:
@@ -138,9 +138,14 @@ class OciLayout:
         return descriptor
 
     def put_manifest(self, data: bytes, media_type: str, tag: str | None = None, /) -> Descriptor:
-        """See BlobTarget. Without a tag, the index lists it as one without; manifests of an index that is put leave the list."""
+        """See BlobTarget. Without a tag, the index lists it as one without; manifests of an index that is put leave the list.
+
+        ImageError: more than could be read again; nothing has been written to the index then.
+        """
         if not is_manifest(media_type) and not is_index(media_type):
             raise ImageError("manifest", f"mediaType {ascii(media_type)[:100]}; expected a manifest's or an index's")
+        if len(data) > MANIFEST_LIMIT:
+            raise ImageError("manifest", f"{len(data)} bytes; expected at most {MANIFEST_LIMIT}")
         made = Descriptor.of(data, media_type)
         known = {made.digest}
         if is_index(media_type):
@@ -158,7 +163,11 @@ class OciLayout:
                 made = made.replace(annotations={TAG_ANNOTATION: tag})
             if tag is not None or all(one.digest != made.digest for one in entries):
                 entries.append(made)
-            self._write("index.json", index.replace(manifests=tuple(entries)).encode())
+            encoded = index.replace(manifests=tuple(entries)).encode()
+            if len(entries) > INDEX_LIMIT or len(encoded) > MANIFEST_LIMIT:
+                found = f"{len(entries)} images, {len(encoded)} bytes of index"
+                raise ImageError(f"{self.path}/index.json", f"{found}; expected at most {INDEX_LIMIT}, {MANIFEST_LIMIT}")
+            self._write("index.json", encoded)
         return made
 
     def remove_tag(self, tag: str) -> bool:

@@ -26,7 +26,17 @@ from csvfast.image.descriptor import (
     parse_annotations,
 )
 
-__all__ = ["LAYER_LIMIT", "MANIFEST_LIMIT", "Index", "Manifest", "choose", "host_architecture", "media_type_of", "parse_json"]
+__all__ = [
+    "INDEX_LIMIT",
+    "LAYER_LIMIT",
+    "MANIFEST_LIMIT",
+    "Index",
+    "Manifest",
+    "choose",
+    "host_architecture",
+    "media_type_of",
+    "parse_json",
+]
 
 MANIFEST_LIMIT: Final = 4 << 20
 """Bytes of a manifest or an index."""

@@ -210,7 +210,10 @@ class RegistryApplication:
             made = Descriptor(kind, wanted, len(data))
             # By its digest it is found without standing in the index.
             return self._layout.put_blob(made, [data])
-        return self._layout.put_manifest(data, kind, self._full_tag(name, wanted))
+        try:
+            return self._layout.put_manifest(data, kind, self._full_tag(name, wanted))
+        except ImageError as error:
+            raise _Refused("DENIED", error.problem) from None
 
     async def _delete_manifest(self, _request: Request, name: str, wanted: str) -> Response:
         _check_wanted(wanted)

@@ -31,7 +31,7 @@ from image.crypt_images import (
 from csvfast.broker.keyprovider.messages import read_packet
 from csvfast.crypto import Secret
 from csvfast.errors import ImageError, IntegrityError
-from csvfast.image.annotations import KEYS, PUBLIC_OPTIONS, packets_of
+from csvfast.image.annotations import KEYS, PACKET_LIMIT, PUBLIC_OPTIONS, packets_of
 from csvfast.image.blobs import HashedChunks
 from csvfast.image.decrypt import decrypt_image
 from csvfast.image.descriptor import CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, Descriptor, Platform
@@ -281,6 +281,14 @@ def test_recipients_are_added(clear: OciLayout, target: OciLayout) -> None:
     for number, key in enumerate((local(), new)):
         decrypt_image(target, target, [key], wanted="y", tag=f"opened{number}")
         assert manifest_of(target, f"opened{number}") == manifest_of(clear, "clear")
+
+
+def test_more_recipients_than_anybody_reads(clear: OciLayout, target: OciLayout) -> None:
+    encrypt_image(clear, target, to_local() * PACKET_LIMIT, tag="x")
+    decrypt_image(target, target, [local()], wanted="x", tag="y")
+    with pytest.raises(ImageError, match=f"{PACKET_LIMIT + 1} wrapped keys; expected at most {PACKET_LIMIT}"):
+        add_recipients(target, target, to_local(), [local()], wanted="x", tag="z")
+    assert set(target.tags()) == {"x", "y"}
 
 
 def test_a_recipient_under_another_scheme(clear: OciLayout, target: OciLayout) -> None:

@@ -19,6 +19,7 @@ import pytest
 from image.small_images import LAYER, put_image, put_index
 
 from csvfast.errors import ImageError, IntegrityError
+from csvfast.image import layout as layout_module
 from csvfast.image import new_file
 from csvfast.image.blobs import read_blob, resolve_manifest
 from csvfast.image.copy import copy_image
@@ -196,6 +197,22 @@ def test_nothing_wrong_is_written(layout: OciLayout) -> None:
     assert layout.put_blob(None, reusing()) == good.replace(media_type="application/octet-stream")
     assert layout.has_blob(good)
     assert not layout.has_blob(good.replace(size=5))
+
+
+def test_an_index_that_is_full(layout: OciLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written can be read again: whoever may push tags could make the layout useless otherwise."""
+    monkeypatch.setattr(layout_module, "INDEX_LIMIT", 3)
+    manifest = put_image(layout, "0", b"layer")
+    for tag in ("1", "2", "2"):
+        layout.put_manifest(manifest.encode(), MANIFEST_TYPE, tag)
+    with pytest.raises(ImageError, match=r"4 images, .* expected at most 3"):
+        layout.put_manifest(manifest.encode(), MANIFEST_TYPE, "3")
+    monkeypatch.setattr(layout_module, "MANIFEST_LIMIT", len(manifest.encode()) - 1)
+    with pytest.raises(ImageError, match=f"{len(manifest.encode())} bytes; expected at most"):
+        layout.put_manifest(manifest.encode(), MANIFEST_TYPE, "1")
+    monkeypatch.undo()
+    assert sorted(layout.tags()) == ["0", "1", "2"]
+    assert leftovers(layout) == []
 
 
 def test_sha512(layout: OciLayout) -> None:

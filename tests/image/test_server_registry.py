@@ -22,6 +22,7 @@ from image.small_images import LAYER, put_image, put_index
 
 from csvfast.crypto import Secret
 from csvfast.errors import ArgumentError, ImageError, RegistryError
+from csvfast.image import layout as layout_module
 from csvfast.image import server_uploads
 from csvfast.image.blobs import read_blob, resolve_manifest
 from csvfast.image.copy import copy_image
@@ -78,6 +79,16 @@ def files(registry: EmbeddedRegistry) -> list[str]:
 
 
 # ---- With our client
+
+
+def test_a_registry_that_is_full(registry: EmbeddedRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout_module, "INDEX_LIMIT", 2)
+    manifest = put_image(registry.layout, "team/app:1", DATA)
+    with client(registry) as there:
+        there.put_manifest(manifest.encode(), MANIFEST_TYPE, "2")
+        with pytest.raises(RegistryError, match="status 403 DENIED: 3 images"):
+            there.put_manifest(manifest.encode(), MANIFEST_TYPE, "3")
+        assert there.tags() == ["1", "2"]
 
 
 def test_images_come_back(registry: EmbeddedRegistry, tmp_path: Path) -> None:
