@@ -160,6 +160,27 @@ def test_trees_are_those_of_single_images(tmp_path: Path, monkeypatch: pytest.Mo
     assert [row.error for row in batch([tmp_path / "empty"], mode="tree")] == ["empty"]
 
 
+@pytest.mark.parametrize("access", ["read", "mmap"])
+def test_trees_of_sparse_files(tmp_path: Path, access: Any) -> None:
+    for number, (parts, size) in enumerate(
+        (((), 40 << 20), ((0,), 40 << 20), ((17 << 20,), (40 << 20) + 5), ((1 << 20, (33 << 20) + 777), (34 << 20) + 12345))
+    ):
+        with (tmp_path / str(number)).open("wb") as file:
+            file.truncate(size)
+            for part in parts:
+                file.seek(part)
+                file.write(random.Random(part).randbytes(5000))
+        data = (tmp_path / str(number)).read_bytes()
+        (tmp_path / "full").write_bytes(data)
+        for selection in (Selection("tree"), Selection("verity", options=Options("0102", 65536))):
+            names = [tmp_path / str(number), tmp_path / "full"]
+            with Job(names, selection, access=access) as job:
+                digests = {row.digest for row in job}
+            assert len(digests) == 1
+            if selection.mode == "tree":
+                assert digests == {measure_image(tmp_path / "full", "tree").hexdigest}
+
+
 def test_recipes(tmp_path: Path) -> None:
     (tmp_path / "firmware").write_bytes(b"\1" * 8192)
     (tmp_path / "good.toml").write_text('firmware = "firmware"\n')

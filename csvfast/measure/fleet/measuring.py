@@ -26,6 +26,8 @@ __all__ = ["block_hash_of", "covered", "measure_range", "measure_whole", "tree_r
 STEP_BYTES: Final = 512 << 10
 WINDOW_BYTES: Final = 4 << 20
 READ_AHEAD_BYTES: Final = 8 << 20
+HOLE_BYTES: Final = 16 << 20
+"""Of a hole, in one step; a multiple of every block size."""
 
 
 def measure_whole(task: WholeTask, step: Step | None, worker: str) -> list[Row]:
@@ -126,17 +128,24 @@ def _tree(item: Item, worker: str, step: Step | None, access: Access) -> Row:
 
 def _leaves(source: Readable, item: Item, start: int, stop: int, step: Step | None) -> Iterator[bytes]:
     block_hash, block_bytes = block_hash_of(item)
-    mapped = source if isinstance(source, FileSource) and source.access == "mmap" else None
+    file = source if isinstance(source, FileSource) else None
+    mapped = file if file is not None and file.access == "mmap" else None
     whole = start + (stop - start) // block_bytes * block_bytes
     advised = start
     offset = start
     buffer = bytearray()
+    zeros = b""
     while offset < stop:
-        if isinstance(source, FileSource) and offset >= advised and stop - offset > READ_AHEAD_BYTES:
-            advised += READ_AHEAD_BYTES
-            source.will_need(advised, READ_AHEAD_BYTES)
         leaves = None
-        if mapped is not None and offset < whole:  # what is left is padded
+        count = 0 if file is None or offset >= whole else min(file.hole(offset), whole - offset) // block_bytes * block_bytes
+        if count:
+            zeros = zeros or block_hash.digests(bytes(block_bytes), block_bytes)
+            count = min(count, HOLE_BYTES)
+            leaves = zeros * (count // block_bytes)
+        elif file is not None and offset >= advised and stop - offset > READ_AHEAD_BYTES:
+            advised = offset + READ_AHEAD_BYTES
+            file.will_need(advised, READ_AHEAD_BYTES)
+        if leaves is None and mapped is not None and offset < whole:  # what is left is padded
             count = min(WINDOW_BYTES, whole - offset)
             leaves = _core.sm3_blocks_mapped(mapped.descriptor, offset, count, block_bytes, prefix=block_hash.salt)
             if leaves is None:  # reading says what is wrong

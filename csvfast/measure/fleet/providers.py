@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -167,6 +168,15 @@ class FileSource(Source):
     def descriptor(self) -> int:
         """Of the open file, for the calls of `_core` that map it."""
         return self._fd
+
+    def hole(self, offset: int) -> int:
+        """How many bytes from an offset on are zeros for which a sparse file has no room on the disk; 0: none, or nobody says."""
+        if self.status.st_blocks * 512 >= self.size:
+            return 0
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_DATA) - offset
+        except OSError as error:
+            return self.size - offset if error.errno == errno.ENXIO else 0
 
     @property
     def identity(self) -> Identity:
