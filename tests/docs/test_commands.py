@@ -42,6 +42,7 @@ ELSEWHERE = (
     "csvfast vm initrd --out guest.initrd --run \"python3 -m csvfast.machine.guest extend",
     "csvfast vm run --kernel vmlinuz --initrd guest.initrd --policy",
 )  # fmt: skip
+REAL = "csv_evidence.json"  # published with trustee; lines that read it are left out where it is absent
 # They are written for real chips. Simulated evidence gets as far as the root, and no further.
 REFUSED = {
     ("README.md", "csvfast report verify --certs hsk_cek.cert report.cert"),
@@ -161,6 +162,14 @@ def prepare_container(folder: Path) -> None:
     make_clear(folder / "app", "1", command=("/bin/program", "env"))
 
 
+def prepare_operations(folder: Path) -> None:
+    """The same, and the evidence of a real chip where it is at hand (as in conftest.py)."""
+    prepare_container(folder)
+    data = Path(os.environ.get("CSVFAST_DATA") or ROOT.parent / "shared" / "data")
+    if (data / "hygon" / REAL).is_file():
+        shutil.copy(data / "hygon" / REAL, folder / REAL)
+
+
 def prepare_unpacking(folder: Path) -> None:
     """A layout with an image that can be run."""
     from image.archives import entry, tar, write_layout
@@ -191,7 +200,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/image-encryption.md", 8, prepare_image),
     ("docs/containers.md", 10, prepare_container),
     ("docs/unpacking.md", 5, prepare_unpacking),
-    ("docs/operations.md", 30, prepare_container),
+    ("docs/operations.md", 32, prepare_operations),
 ]
 
 
@@ -211,6 +220,8 @@ def test_commands_run(tmp_path: Path, page: str, least: int, prepare: Callable[[
     servers: list[Any] = []
     try:
         for line, expected in lines:
+            if REAL in line and not (tmp_path / REAL).is_file():
+                continue
             if line.endswith("&"):
                 stop([one for one in servers if one.args[-1].split()[2:4] == line.split()[1:3]])  # a chip has one processor
                 servers.append(serve(line.removesuffix("&"), tmp_path, variables))
