@@ -12,36 +12,37 @@ The factory that makes certificates wrong on purpose, for tests of verifiers, is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from csvfast.certs.bundle import CertificateBundle, parse_bundle
-from csvfast.certs.chain import (
-    USER_IDS,
-    CertificateChain,
-    SignatureCheck,
-    chain_checks,
-    verify_certificate,
-    verify_chain,
-    verify_root,
-)
-from csvfast.certs.chip import ChipIdentity
-from csvfast.certs.chip_id import checked_chip_id
-from csvfast.certs.layout import (
-    CA_BYTES,
-    CSV_BYTES,
-    CURVE_SM2,
-    CaCertificate,
-    CsvCertificate,
-    KeyAlgorithm,
-    KeyUsage,
-    SignatureSlot,
-)
-from csvfast.certs.manufacturing import ManufacturingLine
-from csvfast.certs.roots import HYGON_ROOT_FINGERPRINT, fingerprint, hygon_root
-from csvfast.certs.store import CertificateStore
+from csvfast._lazy import lazy
 
 if TYPE_CHECKING:
+    from csvfast.certs.bundle import CertificateBundle, parse_bundle
+    from csvfast.certs.chain import (
+        USER_IDS,
+        CertificateChain,
+        SignatureCheck,
+        chain_checks,
+        verify_certificate,
+        verify_chain,
+        verify_root,
+    )
+    from csvfast.certs.chip import ChipIdentity
+    from csvfast.certs.chip_id import checked_chip_id
     from csvfast.certs.key_server import KeyServerClient, KeyServerError
+    from csvfast.certs.layout import (
+        CA_BYTES,
+        CSV_BYTES,
+        CURVE_SM2,
+        CaCertificate,
+        CsvCertificate,
+        KeyAlgorithm,
+        KeyUsage,
+        SignatureSlot,
+    )
+    from csvfast.certs.manufacturing import ManufacturingLine
+    from csvfast.certs.roots import HYGON_ROOT_FINGERPRINT, fingerprint, hygon_root
+    from csvfast.certs.store import CertificateStore
 
 __all__ = [
     "CA_BYTES",
@@ -72,11 +73,18 @@ __all__ = [
     "verify_root",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """The key server's client, imported when first asked for: HTTP and TLS take longer to load than a chain to verify."""
-    if name not in ("KeyServerClient", "KeyServerError"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from csvfast.certs import key_server
-
-    return getattr(key_server, name)
+if not TYPE_CHECKING:
+    # Chains are verified where no chip is ever made, and in guests, which pay for every module.
+    __getattr__ = lazy(
+        __name__,
+        {
+            "CA_BYTES": "layout", "CSV_BYTES": "layout", "CURVE_SM2": "layout", "CaCertificate": "layout",
+            "CertificateBundle": "bundle", "CertificateChain": "chain", "CertificateStore": "store",
+            "ChipIdentity": "chip", "CsvCertificate": "layout", "HYGON_ROOT_FINGERPRINT": "roots",
+            "KeyAlgorithm": "layout", "KeyServerClient": "key_server", "KeyServerError": "key_server",
+            "KeyUsage": "layout", "ManufacturingLine": "manufacturing", "SignatureCheck": "chain",
+            "SignatureSlot": "layout", "USER_IDS": "chain", "chain_checks": "chain", "checked_chip_id": "chip_id",
+            "fingerprint": "roots", "hygon_root": "roots", "parse_bundle": "bundle", "verify_certificate": "chain",
+            "verify_chain": "chain", "verify_root": "chain",
+        },
+    )  # fmt: skip

@@ -33,17 +33,25 @@ class CertifiedAttester:
         self._timed = timed
         self._attester: Attester | None = None
 
+    def prepare(self) -> None:
+        """Makes the attester now: its modules are loaded, its device is open. ContainerError "attestation"."""
+        try:
+            self._ready()
+        except (CsvfastError, OSError) as problem:
+            raise ContainerError("attestation", f"no report: {problem}") from problem
+
+    def _ready(self) -> Attester:
+        if self._attester is None:
+            self._attester = self._make()
+        return self._attester
+
     def evidence(self, report_data: bytes) -> Evidence:
         """See csvfast.ratstls.Attester. ContainerError "attestation": no report."""
         import time
 
         begin = time.monotonic()
         try:
-            if self._attester is None:
-                self._attester = self._make()
-                begin, before = time.monotonic(), begin
-                self._timed("load libraries", begin - before)
-            found = self._attester.evidence(report_data)
+            found = self._ready().evidence(report_data)
             if found.hsk_cek is None and self.certificates is not None:
                 found = found.with_certificates(self.certificates)
         except (CsvfastError, OSError) as problem:
@@ -61,6 +69,9 @@ def guest_attester(path: str | None = None) -> Attester:
 
 def platform_attester(report: str, handle: int, vcpu: str | None) -> Attester:
     """Of a guest of the simulated platform. In: report, vcpu   paths of its sockets"""
+    # What it will need is loaded now, that a report's time is a report's.
+    import csvfast.processor.client
+    import csvfast.processor.vmm  # noqa: F401
     from csvfast.ratstls.attester import SocketAttester
 
     return SocketAttester(os.fspath(report), handle, vcpu_path=vcpu)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from csvfast.errors import AttestedTlsError, BrokerError, ContainerError, CsvfastError, ImageError
+from csvfast.runtime.agent.attest import CertifiedAttester
 
 if TYPE_CHECKING:
     from csvfast.crypto import Secret
@@ -105,6 +106,10 @@ class Door:
         finally:
             self._timed(name, time.monotonic() - begin)
 
+    def _prepare(self) -> None:
+        if isinstance(self._attester, CertifiedAttester):
+            self._attester.prepare()
+
     def _verdictd(self, broker: dict[str, Any]) -> None:
         with self._step("load libraries"):
             from csvfast.broker.clients.verdictd import VerdictdClient
@@ -113,6 +118,8 @@ class Door:
             from csvfast.ratstls.context import Identity
             from csvfast.ratstls.keys import TlsKey
             from csvfast.ratstls.peer import Requirement
+
+            self._prepare()
 
         host, _, port = broker["address"].rpartition(":")
         if not host or not port.isascii() or not port.isdigit():
@@ -132,6 +139,8 @@ class Door:
         with self._step("load libraries"):
             from csvfast.broker.clients.kbs import KbsClient
             from csvfast.image.wrappers import KbsKeks
+
+            self._prepare()
 
         url = broker["url"]
         tls = None
