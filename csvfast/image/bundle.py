@@ -126,6 +126,9 @@ def runtime_specification(
     directory = working_directory or config.working_directory or "/"
     if not directory.startswith("/"):
         raise ImageError("working directory", f"{directory[:80]!r}; expected an absolute path")
+    directory = f"/{posixpath.normpath(directory).lstrip('/')}"
+    if directory.startswith("/proc/"):  # where a runtime's own open files are (CVE-2024-21626)
+        raise ImageError("working directory", f"{directory[:80]!r}; expected a place outside /proc")
     if rootless and (user.uid, user.gid) != (0, 0):
         raise ImageError("user", f"{user.uid}:{user.gid} does not exist in a container of an ordinary user, where only root does")
     # As container engines do it: a program that does not run as root begins without capabilities.
@@ -154,7 +157,7 @@ def runtime_specification(
             "user": {"uid": user.uid, "gid": user.gid, **({"additionalGids": groups} if groups else {})},
             "args": arguments,
             "env": variables,
-            "cwd": posixpath.normpath(directory),
+            "cwd": directory,
             "capabilities": {"bounding": list(CAPABILITIES), "effective": own, "permitted": own},
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
             "noNewPrivileges": True,

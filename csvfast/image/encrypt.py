@@ -55,7 +55,7 @@ def encrypt_image(
         tag          in the target
         platform     of an index, see transform_image
         suite        AES_256_CTR_HMAC_SHA256, which other tools read, or SM4_128_CTR_HMAC_SM3, which they do not
-    ImageError: no recipient, a layer that is encrypted already or is none; IntegrityError: a blob is not what the manifest says.
+    ImageError: no recipient, no layer, a layer that is encrypted already or is none; IntegrityError: a blob is not what the manifest says.
     Nothing has a tag in the target unless everything is there.
     """
     if not recipients:
@@ -63,6 +63,8 @@ def encrypt_image(
 
     def change(manifest: Manifest) -> list[Descriptor]:
         chosen = selected_layers(manifest, layers)
+        if not chosen:
+            raise ImageError("image", "none of its layers would be encrypted")
         for number in sorted(chosen):
             layer = manifest.layers[number]
             if layer.is_encrypted:

@@ -280,6 +280,8 @@ def test_impossible_bundles() -> None:
         ("no command", parse(config={"Cmd": [""]}), {}),
         ("NAME=value", run, {"environment": ["x"]}),
         ("absolute", run, {"working_directory": "x"}),
+        ("outside /proc", run, {"working_directory": "//srv/..//proc/./self/fd/8"}),
+        ("outside /proc", parse(config={"Cmd": ["x"], "WorkingDir": "proc/self/fd/8"}), {}),
         ("where none can be", parse(config={"Cmd": ["x"], "Volumes": {"/": {}}}), {}),
         ("where none can be", parse(config={"Cmd": ["x"], "Volumes": {"/proc/1": {}}}), {}),
         ("where none can be", parse(config={"Cmd": ["x"], "Volumes": {"/a/../../b": {}}}), {}),

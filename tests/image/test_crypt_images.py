@@ -153,6 +153,15 @@ def test_nobody_to_encrypt_for(clear: OciLayout, target: OciLayout) -> None:
         encrypt_image(clear, target, [], tag="x")
 
 
+def test_nothing_to_encrypt(clear: OciLayout, target: OciLayout) -> None:
+    """A clear image is no encrypted one, whatever it is called."""
+    change(clear, "clear", lambda document: document.update(layers=[]), "empty")
+    for wanted, layers in (("clear", []), ("empty", None)):
+        with pytest.raises(ImageError, match="none of its layers would be encrypted"):
+            encrypt_image(clear, target, to_local(), wanted=wanted, layers=layers, tag="x")
+    assert target.tags() == {}
+
+
 def test_a_key_that_cannot_be_wrapped(clear: OciLayout, target: OciLayout) -> None:
     with pytest.raises(ImageError, match=r"not wrapped by KEK default/key/images: .*for the key default/key/other"):
         encrypt_image(clear, target, [Recipient(local(), "other")], tag="x")
