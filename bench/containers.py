@@ -16,23 +16,17 @@ broker runs in this process. Needs the tests' folder beside it, `native` runc, c
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import hmac
 import json
 import os
-import random
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,72 +106,35 @@ def run_in_the_clear(arguments: Sequence[str]) -> int:
 class Run:
     """One `csvfast run`: seconds to the first line, CPU seconds and peak memory of QEMU or the agent, the steps of --timings."""
 
-    first: float = 0.0
-    cpu: float = 0.0
-    peak: int = 0
-    timings: dict[str, Any] = field(default_factory=dict)
+    first: float
+    cpu: float
+    peak: int
+    timings: dict[str, Any]
 
     def agent(self, *names: str) -> float:
-        return sum(step["seconds"] for step in self.timings.get("agent", []) if step["step"] in names)
+        return sum(step["seconds"] for step in self.timings["agent"] if step["step"] in names)
 
 
-def children(pid: int) -> list[int]:
-    found = [pid]
-    for one in found:
-        for task in Path(f"/proc/{one}/task").glob("*/children"):
-            with suppress(OSError):
-                found += map(int, task.read_text().split())
-    return found[1:]
-
-
-def comm(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return ""
-
-
-def watch(pid: int, run: Run, done: threading.Event) -> None:
-    """The CPU time of QEMU or the agent, and the agent's greatest memory: what is its own, and what it shares with nobody."""
-    worker = 0
-    while not done.wait(0.02):
-        with suppress(OSError, ValueError):
-            if not worker:
-                workers = [one for one in children(pid) if comm(one).startswith(("qemu-system", "csvfast-agent"))]
-                worker = workers[0] if workers else 0
-                continue
-            numbers = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
-            run.cpu = (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
-            for line in Path(f"/proc/{worker}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    run.peak = max(run.peak, int(line.split()[1]) << 10)
-
-
-def start(demo: Any, options: Any, *, plain: bool = False, code: int = 7) -> Run:
+def start(demo: Any, options: Any, *, plain: bool = False) -> Run:
     """Runs it. SystemExit when it does not what it should."""
+    from runtime.large_image import Watch
+
     line = demo.command(options, "--timings", "--json")
     if plain:
-        at = line.index("csvfast")
-        line = [sys.executable, str(Path(__file__).resolve()), PLAIN, *line[at + 1 :]]
-    run, done = Run(), threading.Event()
+        line = [sys.executable, str(Path(__file__).resolve()), PLAIN, *line[line.index("csvfast") + 1 :]]
     begun = time.perf_counter()
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        watcher = threading.Thread(target=watch, args=(process.pid, run, done))
-        watcher.start()
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors) as process:
+        watch = Watch(process.pid)
         assert process.stdout is not None
-        assert process.stderr is not None
-        said: list[str] = []
-        reader = threading.Thread(target=lambda: said.extend(process.stderr or ()))
-        reader.start()
         process.stdout.readline()
-        run.first = time.perf_counter() - begun
+        first = time.perf_counter() - begun
         process.wait()
-        reader.join()
-        done.set()
-        watcher.join()
-    if process.returncode != code:
-        raise SystemExit(f"{' '.join(line)}\nexit code {process.returncode}\n{''.join(said)[-3000:]}")
-    run.timings = json.loads(said[-1])["timings"]
-    return run
+        watch.stop()
+        errors.seek(0)
+        said = errors.read()
+    if process.returncode != 7:
+        raise SystemExit(f"{' '.join(line)}\nexit code {process.returncode}\n{said[-3000:]}")
+    return Run(first, watch.cpu, watch.peak, json.loads(said.splitlines()[-1])["timings"])
 
 
 def median(runs: Sequence[Run], value: Any) -> float:
@@ -230,74 +187,31 @@ def measure_guest(demo: Any, rounds: int) -> None:
         say(f"  {name}, s: " + ", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items()))
 
 
-class LargeImage:
-    """`mib` MiB of files in four layers, half incompressible, half text, and the demonstration's program. Encrypted."""
+def limit_of(layers: Sequence[bytes]) -> float:
+    """CPU seconds of the ciphers and the decompression alone."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    def __init__(self, folder: Path, mib: int) -> None:
-        from runtime import sandbox_rig as rig
-
-        from csvfast.crypto import Secret
-        from csvfast.image.descriptor import CONFIG_TYPE, MANIFEST_TYPE, Descriptor
-        from csvfast.image.encrypt import encrypt_image
-        from csvfast.image.keys import Recipient
-        from csvfast.image.layout import OciLayout
-        from csvfast.image.manifest import Manifest
-        from csvfast.image.wrappers import LocalKek
-
-        chance = random.Random(6)
-        clear = OciLayout(folder / "clear", create=True)
-        words = [chance.randbytes(5).hex().encode() for _ in range(4000)]
-        layers: list[Descriptor] = []
-        digests: list[str] = []
-        self.packed: list[bytes] = []
-        self.clear_bytes = 0
-        for layer in range(4):
-            files = [("bin/program", rig.program(), 0o755)] if layer == 0 else []
-            for number in range(mib // 8):
-                text = b" ".join(chance.choices(words, k=MIB // 11))[:MIB].ljust(MIB)
-                files.append((f"data/{layer}/text{number}", text, 0o644))
-                files.append((f"data/{layer}/noise{number}", chance.randbytes(MIB), 0o600))
-            archive = rig.tar_of(files)
-            self.clear_bytes += len(archive)
-            digests.append(f"sha256:{hashlib.sha256(archive).hexdigest()}")
-            self.packed.append(gzip.compress(archive, 1, mtime=0))
-            del archive, files
-            layers.append(rig.put(clear, self.packed[-1], rig.LAYER))
-        config = {
-            "architecture": "amd64", "os": "linux", "config": {"Cmd": ["/bin/program", "hello"], "Env": ["PATH=/bin"]},
-            "rootfs": {"type": "layers", "diff_ids": digests},
-        }  # fmt: skip
-        manifest = Manifest(rig.put(clear, json.dumps(config).encode(), CONFIG_TYPE), tuple(layers))
-        clear.put_manifest(manifest.encode(), MANIFEST_TYPE, "clear")
-        recipient = Recipient(LocalKek(Secret(rig.KEK), f"kbs:///{rig.PATH}", style="coco"))
-        encrypt_image(clear, OciLayout(folder / "large", create=True), [recipient], wanted="clear", tag="1")
-        shutil.rmtree(folder / "clear")
-        self.reference = f"oci:{folder / 'large'}:1"
-        self.cipher_bytes = sum(map(len, self.packed))
-
-    def limit(self) -> float:
-        """CPU seconds of the ciphers and the decompression alone."""
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
-        seconds = 0.0
-        for data in self.packed:
-            key, nonce = os.urandom(32), os.urandom(16)
-            sealed = Cipher(algorithms.AES(key), modes.CTR(nonce)).encryptor().update(data)
-            view, clear = memoryview(sealed), memoryview(bytearray(BLOCK))
-            begun = time.thread_time()
-            mac, cipher = hmac.new(key, digestmod="sha256"), Cipher(algorithms.AES(key), modes.CTR(nonce)).decryptor()
-            machine = zlib.decompressobj(31)
-            for at in range(0, len(view), BLOCK):
-                block = view[at : at + BLOCK]
-                mac.update(block)
-                machine.decompress(clear[: cipher.update_into(block, clear)])
-            mac.digest()
-            seconds += time.thread_time() - begun
-        return seconds
+    seconds = 0.0
+    for data in layers:
+        key, nonce = os.urandom(32), os.urandom(16)
+        view = memoryview(Cipher(algorithms.AES(key), modes.CTR(nonce)).encryptor().update(data))
+        clear = memoryview(bytearray(BLOCK))
+        begun = time.thread_time()
+        mac, cipher = hmac.new(key, digestmod="sha256"), Cipher(algorithms.AES(key), modes.CTR(nonce)).decryptor()
+        machine = zlib.decompressobj(31)
+        for at in range(0, len(view), BLOCK):
+            block = view[at : at + BLOCK]
+            mac.update(block)
+            machine.decompress(clear[: cipher.update_into(block, clear)])
+        mac.digest()
+        seconds += time.thread_time() - begun
+    return seconds
 
 
-def measure_image(demo: Any, folder: Path, mib: int, rounds: int, guest: bool) -> None:
-    image = LargeImage(folder, mib)
+def measure_image(demo: Any, folder: Path, mib: int, rounds: int, *, guest: bool) -> None:
+    from runtime.large_image import LargeImage
+
+    image = LargeImage(folder, mib, keep=True)
     say(
         f"image of {image.clear_bytes / MIB:.0f} MiB in 4 layers, {image.cipher_bytes / MIB:.0f} MiB compressed: "
         "pull = fetch, decrypt, unpack (without attestation)"
@@ -306,16 +220,18 @@ def measure_image(demo: Any, folder: Path, mib: int, rounds: int, guest: bool) -
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     limits = []
     for _number in range(rounds):
-        limits.append(image.limit())
+        limits.append(limit_of(image.packed))
         for name in ways:
             runs[name].append(start(demo, demo.allowed(executor=name, image=image.reference, memory=128 << 20)))
     limit = min(limits)
     say(f"  limit     {limit:6.2f} s of CPU, {image.cipher_bytes / limit / 1e6:.0f} MB/s of ciphertext")
     for name in ways:
         seconds = min(run.agent("pull") - run.agent("attest to the broker") for run in runs[name])
+        parts = [min(run.agent(part) for run in runs[name]) for part in ("download", "unpack")]
         peak = max(run.peak for run in runs[name])
         say(
-            f"  {name:<9} {seconds:6.2f} s, {image.cipher_bytes / seconds / 1e6:.0f} MB/s, {limit / seconds:.2f} of the limit; "
+            f"  {name:<9} {seconds:6.2f} s, {image.cipher_bytes / seconds / 1e6:.0f} MB/s, {limit / seconds:.2f} of the limit "
+            f"(fetching and checking {parts[0]:.2f} s, beside it decrypting and unpacking {parts[1]:.2f} s); "
             f"the agent's memory at most {peak / MIB:.0f} MiB (goal: 128, and the image's own)"
         )
     if guest and available("vm"):
@@ -355,7 +271,7 @@ def main() -> int:
             if "guest" in parts and available("vm"):
                 measure_guest(demo, options.rounds)
             if "image" in parts:
-                measure_image(demo, folder, options.mib, options.rounds, not options.no_large_guest)
+                measure_image(demo, folder, options.mib, options.rounds, guest=not options.no_large_guest)
     return 0
 
 
