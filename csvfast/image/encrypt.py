@@ -55,7 +55,8 @@ def encrypt_image(
         tag          in the target
         platform     of an index, see transform_image
         suite        AES_256_CTR_HMAC_SHA256, which other tools read, or SM4_128_CTR_HMAC_SM3, which they do not
-    ImageError: no recipient, no layer, a layer that is encrypted already or is none; IntegrityError: a blob is not what the manifest says.
+    ImageError: no recipient, no layer, a layer that is encrypted already or is none; IntegrityError: a blob is not what the
+    manifest says.
     Nothing has a tag in the target unless everything is there.
     """
     if not recipients:
