@@ -20,6 +20,7 @@ import hmac
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -278,11 +279,18 @@ class RegistryApplication:
         mounted = query.get("mount", "")
         if is_digest(mounted) and await run_in_threadpool(lambda: self._layout.blob_path(mounted).is_file()):
             return _created(name, mounted)
+        if "digest" in query:
+            _check_digest(query["digest"])
         with _uploading():
             identifier = self._uploads.begin()
-        if "digest" in query:
+        if "digest" not in query:
+            return _accepted(202, name, identifier, 0)
+        try:
             return await self._finish(request, name, identifier)
-        return _accepted(202, name, identifier, 0)
+        except BaseException:
+            with suppress(UploadError):  # nobody knows it, so that nobody could go on with it or cancel it
+                self._uploads.cancel(identifier)
+            raise
 
     async def _patch(self, request: Request, name: str, identifier: str) -> Response:
         with _uploading():

@@ -331,6 +331,19 @@ def test_too_many_uploads(registry: EmbeddedRegistry, monkeypatch: pytest.Monkey
     assert ask(registry, "GET", first).code == "BLOB_UPLOAD_UNKNOWN"
 
 
+def test_uploads_at_once_that_fail_take_no_place(registry: EmbeddedRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_uploads, "UPLOAD_LIMIT", 1)
+    for digest in ("x", BLOB.digest):
+        assert ask(registry, "POST", f"/v2/a/blobs/uploads/?digest={digest}", b"x").code == "DIGEST_INVALID"
+    with socket.create_connection((registry.host, registry.port)) as connection:
+        target = f"/v2/a/blobs/uploads/?digest={BLOB.digest}"
+        connection.sendall(f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(DATA)}\r\n\r\n".encode() + DATA[:1000])
+    until = time.monotonic() + 10
+    while (status := ask(registry, "POST", "/v2/a/blobs/uploads/").status) != 202 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert status == 202
+
+
 def test_a_client_that_leaves(registry: EmbeddedRegistry) -> None:
     """What arrived stays, and the client goes on from there."""
     place = ask(registry, "POST", "/v2/a/blobs/uploads/").headers["Location"]
