@@ -30,6 +30,7 @@ BLOCK_MAX_BYTES = 512 << 10
 # A worker reads and hashes in steps that stay in its level-2 cache, and hands back one task's worth of leaves.
 STEP_BYTES = 512 << 10
 TASK_BYTES = 8 << 20
+BATCH_BYTES = 128 << 10
 
 
 class LevelSink(Protocol):
@@ -73,7 +74,7 @@ class BlockHash:
 class TreeBuilder:
     """Turns leaf digests, given in order, into a root; hands hash blocks to a sink as they fill.
 
-    Memory: at most one partly filled hash block per level, beyond what one `add` brings.
+    Memory: at most BATCH_BYTES of hash blocks per level, or one, beyond what one `add` brings: they are hashed side by side.
     Thread-safety: one thread.
     """
 
@@ -94,7 +95,7 @@ class TreeBuilder:
         pending += digests
         self._counts[level] += len(digests) // DIGEST_BYTES
         ready = len(pending) // self._block_bytes * self._block_bytes
-        if ready:
+        if ready >= BATCH_BYTES:
             blocks = bytes(pending[:ready])
             del pending[:ready]
             self._emit(level, blocks)
@@ -107,7 +108,7 @@ class TreeBuilder:
         while self._counts[level] > 1:
             pending = self._pending[level]
             if pending:
-                self._emit(level, bytes(pending).ljust(self._block_bytes, b"\0"))
+                self._emit(level, bytes(pending).ljust(-(-len(pending) // self._block_bytes) * self._block_bytes, b"\0"))
             level += 1
         return bytes(self._pending[level])
 
