@@ -234,8 +234,8 @@ def measure_image(demo: Any, folder: Path, mib: int, rounds: int, *, guest: bool
         cpu = min(run.cpu for run in runs[name]) - min(run.cpu for run in small[name])
         peak = max(run.peak for run in runs[name])
         say(
-            f"  {name:<9} {seconds:6.2f} s, {image.cipher_bytes / seconds / 1e6:.0f} MB/s; fetching and checking {parts[0]:.2f} s, "
-            f"beside it decrypting and unpacking {parts[1]:.2f} s; {cpu:.2f} s of CPU, {limit / cpu:.2f} of the limit; "
+            f"  {name:<9} {seconds:6.2f} s, {image.cipher_bytes / seconds / 1e6:.0f} MB/s; fetch and check {parts[0]:.2f} s,"
+            f" beside it decrypt and unpack {parts[1]:.2f} s; {cpu:.2f} s of CPU, {limit / cpu:.2f} of the limit; "
             f"the agent's memory at most {peak / MIB:.0f} MiB (goal: 128, and the image's own)"
         )
     if guest and available("vm"):
