@@ -200,7 +200,7 @@ PAGES: list[tuple[str, int, Callable[[Path], None] | None]] = [
     ("docs/image-encryption.md", 8, prepare_image),
     ("docs/containers.md", 10, prepare_container),
     ("docs/unpacking.md", 5, prepare_unpacking),
-    ("docs/operations.md", 32, prepare_operations),
+    ("docs/operations.md", 30, prepare_operations),
 ]
 
 
