@@ -101,6 +101,7 @@ def decrypt_image(
             for number, layer in enumerate(manifest.layers):
                 if layer.is_encrypted:
                     private = unwrap_any(layer, wrappers)
+                    stack.callback(private.wipe)
                     file = stack.enter_context(tempfile.TemporaryFile(dir=spool))
                     _download(source, layer, private, file)
                     checked[number] = _Checked(file, private)

@@ -9,11 +9,12 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from image.crypt_images import (
     KEK,
+    KID,
     MARK,
     blob,
     change,
@@ -27,7 +28,7 @@ from image.crypt_images import (
 )
 
 from csvfast.crypto import Secret
-from csvfast.errors import ImageError, IntegrityError
+from csvfast.errors import CsvfastError, ImageError, IntegrityError
 from csvfast.image.annotations import PUBLIC_OPTIONS, packets_of
 from csvfast.image.decrypt import decrypt_image
 from csvfast.image.descriptor import CONFIG_TYPE
@@ -299,6 +300,28 @@ def test_one_packet_that_opens_is_enough(sealed: OciLayout, target: OciLayout) -
     assert "w" not in target.tags()
     assert isinstance(caught.value.__cause__, ExceptionGroup)
     assert len(caught.value.__cause__.exceptions) == 2
+
+
+class Remembering(LocalKek):
+    """Keeps what it has given out."""
+
+    given: ClassVar[list[Secret]] = []
+
+    def unwrap(self, packet: bytes, parameters: str = "") -> Secret:
+        self.given.append(super().unwrap(packet, parameters))
+        return self.given[-1]
+
+
+def test_private_options_are_wiped(sealed: OciLayout, target: OciLayout) -> None:
+    """However it ends."""
+    change(sealed, "x", lambda document: document["layers"].reverse())
+    decrypt_image(sealed, target, [Remembering(KEK, KID)], wanted="x", tag="y")
+    with pytest.raises(IntegrityError):
+        decrypt_image(sealed, target, [Remembering(KEK, KID)], wanted="changed", tag="z")
+    assert len(Remembering.given) == 4
+    for secret in Remembering.given:
+        with pytest.raises(CsvfastError, match="wiped"):
+            memoryview(secret)
 
 
 def test_errors_name_the_layer_and_no_secret(sealed: OciLayout, target: OciLayout) -> None:
