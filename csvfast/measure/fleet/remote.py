@@ -40,6 +40,8 @@ AHEAD_BLOCKS: Final = 16
 """Read ahead by all open sources together; at least one by each."""
 ATTEMPTS: Final = 5
 PAUSE_SECONDS: Final = 0.1
+WAIT_SECONDS: Final = 20.0
+"""For a server that says nothing."""
 
 _Answer = TypeVar("_Answer")
 
@@ -224,7 +226,12 @@ def _files_of(scheme: str) -> Any:
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if scheme == "s3":
-        options["config_kwargs"] = {"retries": {"max_attempts": 1}}
+        options["config_kwargs"] = {"retries": {"max_attempts": 1}, "read_timeout": WAIT_SECONDS}
+    if scheme in ("http", "https"):
+        need("s3", "aiohttp")
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=WAIT_SECONDS, sock_read=WAIT_SECONDS)}
     files = fsspec.filesystem(scheme, **options)
     if scheme == "s3":
         files.retries = 1  # this module asks again, and knows what for

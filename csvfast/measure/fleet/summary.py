@@ -209,7 +209,7 @@ def _text(value: str) -> str:
 
 
 def _seconds(value: float) -> str:
-    if value < 0.0995:
+    if 0 < value < 0.0995:
         return f"{value * 1000:.1f} ms"
     if value < 120:
         return f"{value:.1f} s"
@@ -240,8 +240,10 @@ table{border-collapse:collapse;width:100%;font-size:14px}th{color:var(--soft);fo
 th,td{padding:5px 10px 5px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
 .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}code{font:12px/1.4 ui-monospace,monospace}
 svg{width:100%;height:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px}
-rect{fill:var(--blue)}.axis line{stroke:var(--soft);stroke-dasharray:3 4;opacity:.5}.axis text{fill:var(--soft);font-size:12px}
-.failures b{color:var(--bad)}.bar{width:30%;white-space:nowrap}.bar i{display:inline-block;height:10px;background:var(--blue);
+rect{fill:var(--blue)}.axis line{stroke:var(--soft);stroke-dasharray:3 4;opacity:.5}.axis text{fill:var(--ink);font-size:12px;
+paint-order:stroke;stroke:var(--card);stroke-width:4px}
+.failures b{color:var(--bad);white-space:nowrap}
+.bar{width:30%;white-space:nowrap}.bar i{display:inline-block;height:10px;background:var(--blue);
 border-radius:3px;max-width:70%;min-width:2px}.bar b{font-weight:400;margin-left:8px}.more{color:var(--soft)}
 @media (max-width:640px){.cards{grid-template-columns:repeat(2,1fr)}}
 """
