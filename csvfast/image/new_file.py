@@ -15,9 +15,10 @@ from typing import Final
 
 from csvfast._files import temporary_beside
 
-__all__ = ["NewFile", "new_file"]
+__all__ = ["NO_UNNAMED_FILES", "NewFile", "new_file"]
 
-_NO_UNNAMED: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS})
+NO_UNNAMED_FILES: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS})
+"""What the system says to O_TMPFILE where there is no such thing."""
 
 
 class NewFile:
@@ -33,7 +34,7 @@ class NewFile:
         try:
             self._handle = os.open(directory, flags | os.O_TMPFILE, mode)
         except OSError as error:
-            if error.errno not in _NO_UNNAMED or not directory.is_dir():
+            if error.errno not in NO_UNNAMED_FILES or not directory.is_dir():
                 raise
             # A file system without unnamed files: a kill leaves a .csvfast-*.part there.
             self._name = temporary_beside(directory / "blob")

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Final
 
+from csvfast._files import temporary_beside
+from csvfast.image.new_file import NO_UNNAMED_FILES
+
 __all__ = ["Spool"]
 
 _PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -17,16 +20,22 @@ _PAGE: Final = 4096
 class Spool:
     """Bytes written once and then read once, in order. One thread at a time; a context manager.
 
-    In: directory   of a file system that keeps the bytes, best a tmpfs; one without files that have no name: memory
+    In: directory   of a file system that keeps the bytes, best a tmpfs. Where it has no files without a name (NFS, older
+                    overlays) the file loses its name at once
+    OSError.
     """
 
     def __init__(self, directory: Path | str) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC
         try:
-            self._file = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError:
-            if not Path(directory).is_dir():
+            self._file = os.open(directory, flags | os.O_TMPFILE, 0o600)
+        except OSError as error:
+            if error.errno not in NO_UNNAMED_FILES or not Path(directory).is_dir():
                 raise
-            self._file = os.memfd_create("csvfast-layer", os.MFD_CLOEXEC)
+            # Not memory: a layer may be larger than that.
+            name = temporary_beside(Path(directory) / "layer")
+            self._file = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            name.unlink()
         self._at = 0
         self._freed = 0
         self._punches = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import json
 import os
@@ -399,6 +400,25 @@ def test_the_spool_gives_its_space_back(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="No such"):
         Spool(tmp_path / "missing")
+
+
+def test_a_spool_where_files_need_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays a file: in memory a large layer would be too much."""
+    real = os.open
+
+    def without(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "no such files")
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", without)
+    with Spool(tmp_path) as spool:
+        assert list(tmp_path.iterdir()) == []
+        assert os.fstat(spool._file).st_dev == tmp_path.stat().st_dev
+        assert os.fstat(spool._file).st_mode & 0o777 == 0o600
+        spool.write(b"ciphertext")
+        spool.rewind()
+        assert spool.read(20) == b"ciphertext"
 
 
 MEMORY = """

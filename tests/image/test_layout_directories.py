@@ -227,7 +227,7 @@ def test_sha512(layout: OciLayout) -> None:
 def test_no_room(layout: OciLayout, unnamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without files that have no name."""
     if not unnamed:
-        monkeypatch.setattr(new_file, "_NO_UNNAMED", frozenset(range(200)))
+        monkeypatch.setattr(new_file, "NO_UNNAMED_FILES", frozenset(range(200)))
         real = os.open
 
         def refusing(path: str, flags: int, *more: int, **others: int) -> int:
