@@ -316,7 +316,8 @@ def _list(source: str, platform: str | None, plain_http: bool, as_json: bool) ->
             continue
         print(f"layer {row['layer']}  {row['digest']}  {format_bytes(row['size'])}  {row['cipher']}")
         for one in row["keys"]:
-            print(f"    {one['scheme']}  {one['key'] or '(does not say for which key)'}  {one['form']}".rstrip())
+            scheme, key = (ascii(one[name])[1:-1] for name in ("scheme", "key"))  # whoever wrote the manifest wrote these
+            print(f"    {scheme}  {key or '(does not say for which key)'}  {one['form']}".rstrip())
 
 
 def _row(manifest: Manifest, number: int) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import pytest
 import typer
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from image.crypt_images import MARK, blob, everything_below, make_image, manifest_of
+from image.crypt_images import MARK, blob, change, everything_below, make_image, manifest_of
 from image.test_crypt_keys import PROVIDER, jwe_for
 
 from csvfast.cli import main
-from csvfast.image.annotations import Packet, encrypted_annotations, public_bytes_of
+from csvfast.image.annotations import KEYS, Packet, encrypted_annotations, public_bytes_of
 from csvfast.image.descriptor import MANIFEST_TYPE
 from csvfast.image.layout import OciLayout
 
@@ -167,3 +167,15 @@ def test_changed_images_are_refused(folder: Path, capsys: pytest.CaptureFixture[
     run(capsys, "new-key", "other.key")
     refused = ["decrypt", "oci:sealed:1", "oci:opened:1", "-k", "kek:other.key:images"]
     assert "does not open with the key default/key/images" in run(capsys, *refused, code=1)
+
+
+def test_schemes_give_terminals_no_orders(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "encrypt", "oci:clear:clear", "oci:sealed:1", "--to", "kek:images.key")
+
+    def edit(document: dict[str, Any]) -> None:
+        document["layers"][0]["annotations"][f"{KEYS}provider.\x1b[2J\n\u202e"] = "AAAA"
+
+    change(OciLayout(folder / "sealed"), "1", edit)
+    shown = run(capsys, "recipients", "oci:sealed:changed")
+    assert r"provider.\x1b[2J\n\u202e  (does not say" in shown
+    assert all(line.isprintable() for line in shown.splitlines())
