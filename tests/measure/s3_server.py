@@ -146,7 +146,7 @@ class Proxy:
         _end(client) if self.expired else None
 
     def _answers(self, client: socket.socket, server: socket.socket) -> None:
-        came = 0
+        came, cut = 0, False
         try:
             while data := server.recv(65536):
                 came += len(data)
@@ -165,6 +165,7 @@ class Proxy:
             pass
         finally:
             self._live -= {client, server}
+            _end(client) if not cut else None
             client.close()
             _end(server)
             server.close()

@@ -294,10 +294,9 @@ def test_what_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         provider.open("https://user:SECRET@host/a")
     no_secrets(str(caught.value))
     row = next(iter(batch(["nonsense://a/b"])))
-    assert (row.error, row.message) == (
-        "option",
-        "nonsense://a/b: nothing opens 'nonsense' URLs; expected a path or one of the schemes: http, https, s3",
-    )
+    assert row.error == "option"
+    assert row.message is not None
+    assert re.fullmatch("nonsense://a/b: nothing opens 'nonsense' URLs; expected .*http, https, .*s3", row.message)
     row = next(iter(batch(["http://127.0.0.1:1/a"])))
     assert row.error == "connection"
     monkeypatch.setattr("csvfast._extras.find_spec", lambda name: None)

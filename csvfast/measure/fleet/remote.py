@@ -93,8 +93,13 @@ class RemoteSource:
         self.path: Final = url
         self._files, self._place = _filesystem(url)
         try:
-            self._file = self._files.open(self._place, "rb", cache_type="none")
-            info = dict(self._file.details)
+            if "http" in self._files.protocol:  # whose open files know nothing but their size
+                info = self._files.info(self._place)
+                same = {"If-Match": info["ETag"]} if _identity(info).etag and "ETag" in info else {}
+                self._file = self._files.open(self._place, "rb", cache_type="none", size=info["size"], headers=same)
+            else:
+                self._file = self._files.open(self._place, "rb", cache_type="none")
+                info = self._file.details
         except Exception as error:
             raise _translated(url, error, self._files, self._place) from error
         self._identity = _identity(info)
@@ -279,7 +284,7 @@ def _translated(url: str, error: BaseException, files: Any, path: str) -> Source
     if isinstance(error, SourceError):
         return error
     chain = list(_chain(error))
-    if len(chain) == 1 and _is_dumb(error) and getattr(files, "protocol", None) and "s3" in files.protocol:
+    if "s3" in files.protocol and any(map(_is_dumb, chain)):
         # HEAD has no body, so the server could not say why: a GET can.
         try:
             files.cat_file(path, start=0, end=1)
@@ -310,7 +315,7 @@ def _translated(url: str, error: BaseException, files: Any, path: str) -> Source
 
 
 def _is_dumb(error: BaseException) -> bool:
-    return isinstance(error, OSError) and "Bad Request" in str(error)
+    return "Bad Request" in str(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -323,4 +328,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    response = getattr(error, "response", None)
+    said = response.get("Error", {}).get("Message") if isinstance(response, dict) else None
+    return " ".join(str(said or error).split())[:200].rstrip(".") or type(error).__name__
