@@ -169,7 +169,8 @@ def ask(
             connection.connect(f"/proc/self/fd/{folder}/{CONTROL}")
             data = json.dumps({"request": request, "id": identifier, **more}).encode() + b"\n"
             sent = socket.send_fds(connection, [data], list(descriptors)) if descriptors else 0
-            connection.sendall(data[sent:])
+            if sent < len(data):  # not even nothing: the answer may be there, and the connection closed
+                connection.sendall(data[sent:])
             with connection.makefile("rb") as stream:
                 line = stream.readline()
         if not line:

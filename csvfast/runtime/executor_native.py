@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Final
 
 from csvfast.runtime.executor import ExecutorName, LaunchPlan
 from csvfast.runtime.executor_process import GUEST_BYTES, ProcessExecutor
+from csvfast.runtime.state import RUNTIME_STATE
 
 __all__ = ["NativeExecutor"]
 
@@ -31,6 +33,13 @@ class NativeExecutor(ProcessExecutor):
         if any(shutil.which(runtime) for runtime in RUNTIMES):
             return None
         return f"none of {', '.join(RUNTIMES)} is installed"
+
+    def remove_remains(self, work: Path) -> None:
+        """See ProcessExecutor. A runtime's containers are nobody's children when agent and runtime were killed together."""
+        if (work / RUNTIME_STATE).exists():
+            from csvfast.runtime.agent.containers_native import remove_remains
+
+            remove_remains(work)
 
     def guest_bytes(self, _plan: LaunchPlan) -> int:
         """See ProcessExecutor."""

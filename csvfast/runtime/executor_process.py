@@ -291,6 +291,7 @@ class ProcessExecutor(Executor):
     def _start_agent(self, host: HostMachine, plan: LaunchPlan, guest: ProcessGuest, stack: ExitStack) -> None:
         folder = os.open(plan.work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, folder)
+        stack.callback(self.remove_remains, plan.work)
         report, vcpu = self._serve_reports(host, folder, stack)
         configuration = _sealed(plan.configuration)
         ours, theirs = socket.socketpair()
@@ -314,6 +315,9 @@ class ProcessExecutor(Executor):
             os.close(configuration)
             for descriptor in ours_alone:
                 os.close(descriptor)
+
+    def remove_remains(self, _work: Path) -> None:
+        """Ends what an agent that is gone has left, if anything can be."""
 
     def more_arguments(self, _host: HostMachine, _plan: LaunchPlan, _handle: int, _descriptors: list[int]) -> list[str]:
         """More arguments of the agent. Descriptors that it is to inherit go into the list, and are closed here afterwards."""

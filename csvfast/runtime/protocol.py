@@ -59,6 +59,7 @@ MESSAGE_MAX: Final = 2000  # characters of an error
 
 _GRANT: Final = struct.Struct("<HHI")
 _NOBODY_READS: Final = 1
+_SMALL: Final = 4096  # bytes of waiting chunks that are put together: many tiny frames take no more memory than few large ones
 _QUEUE_MAX: Final = 64 << 20  # bytes waiting for a peer that does not read
 _FORGOTTEN_MAX: Final = 4096
 
@@ -278,7 +279,8 @@ class Connection:
             raise ContainerError("protocol", f"the connection ended during {method}{_why(self.problem)}")
         if "error" in reply:
             error = reply["error"] if isinstance(reply["error"], dict) else {}
-            raise ContainerError(str(error.get("kind", "protocol"))[:64], str(error.get("message", "no reason"))[:MESSAGE_MAX])
+            kind, message = error.get("kind", "protocol"), error.get("message", "no reason")
+            raise ContainerError(_printable(kind, 64), _printable(message, MESSAGE_MAX))
         result = reply.get("result")
         if not isinstance(result, dict):
             raise ContainerError("protocol", f"the reply to {method} has neither result nor error")
@@ -452,7 +454,11 @@ class Connection:
                 reader._waiting += len(body)
                 if reader._waiting + reader._taken > WINDOW:
                     raise ContainerError("protocol", f"more of {reader.kind.name} than was granted")
-                reader._chunks.append(memoryview(body))
+                last = reader._chunks[-1] if reader._chunks else None
+                if last is not None and len(last) + len(body) <= _SMALL:
+                    reader._chunks[-1] = memoryview(bytes(last) + body)
+                else:
+                    reader._chunks.append(memoryview(body))
             self.changed.notify_all()
 
     def _reader(self, key: tuple[int, int]) -> StreamReader:
@@ -528,6 +534,11 @@ class Connection:
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _printable(text: object, limit: int) -> str:
+    """What the other side says, for a person's terminal: nothing in it moves the cursor or begins a line of its own."""
+    return "".join(one if one.isprintable() else "?" for one in str(text)[:limit])
 
 
 def _why(problem: str | None) -> str:

@@ -176,7 +176,7 @@ class Sandbox:
         if guest is None:
             return "it was not started"
         guest.wait(2.0)  # its last words may be under way
-        return guest.reason()
+        return "".join(one if one.isprintable() else " " for one in guest.reason())  # a console's words, for a terminal
 
     # ---- Containers
 
@@ -347,7 +347,7 @@ class Container:
         try:
             answer = self._sandbox.request("WaitProcess", {"container": self.identifier, "process": self.process}, timeout=None)
             code = answer.get("exit_code")
-            if not isinstance(code, int) or not 0 <= code <= 255:
+            if type(code) is not int or not 0 <= code <= 255:
                 code, problem = LOST, f"the agent tells exit code {code!r}"
         except ContainerError as lost:
             code, problem = LOST, lost.problem
@@ -408,6 +408,6 @@ class Container:
 
 def _number(answer: Mapping[str, Any], method: str) -> int:
     number = answer.get("process")
-    if not isinstance(number, int) or not 0 <= number <= 0xFFFFFFFF:
+    if type(number) is not int or not 0 <= number <= 0xFFFFFFFF:
         raise ContainerError("protocol", f"the reply to {method} names process {number!r}")
     return number

@@ -22,7 +22,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,9 +44,11 @@ __all__ = [
 OCI_VERSION: Final = "1.0.2"
 CONTROL: Final = "control.sock"
 WORK: Final = "work"
+RUNTIME_STATE: Final = "runtime-state"  # of runc or crun
 _STATE: Final = "state.json"
 _LOCK: Final = "lock"
 _NEW: Final = ".new-"
+_ASKING_SECONDS: Final = 1.0  # for others to have looked at a lock
 _NEW_SECONDS: Final = 60.0  # a directory in the making has its lock long before
 _STATE_MAX: Final = 1 << 20
 _IDENTIFIER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # as the agent has it
@@ -152,18 +154,46 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _dead(path: Path) -> bool:
-    """Whether nobody holds a container's lock."""
+    """Whether no monitor holds a container's lock. Those who ask share it, and are no monitors to each other."""
     try:
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return True
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     finally:
         os.close(lock)
     return True
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """True: nobody else removes this directory meanwhile, nor is it a new container's of the same name. False: it lives."""
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        yield True
+        return
+    try:
+        end = time.monotonic() + _ASKING_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    yield False
+                    return
+                time.sleep(0.001)  # somebody asks for its state, or removes it
+        try:
+            same = os.path.samestat(os.fstat(lock), (path / _LOCK).lstat())
+        except OSError:
+            same = False
+        yield same
+    finally:
+        os.close(lock)
 
 
 def read_state(root: Path, identifier: str) -> tuple[dict[str, Any], bool]:
@@ -188,9 +218,11 @@ def read_state(root: Path, identifier: str) -> tuple[dict[str, Any], bool]:
 def remove(root: Path, identifier: str) -> None:
     """Removes what a dead monitor left. Raises ContainerError("state"): it lives."""
     path = root / check_identifier(identifier)
-    if not _dead(path):
-        raise ContainerError("state", f"container {identifier} has a monitor that lives")
-    shutil.rmtree(path, ignore_errors=True)
+    with _claimed(path) as claimed:
+        if claimed:
+            shutil.rmtree(path, ignore_errors=True)
+        elif not _dead(path):
+            raise ContainerError("state", f"container {identifier} has a monitor that lives")
 
 
 def identifiers(root: Path) -> Iterator[str]:
@@ -208,8 +240,18 @@ def clean(root: Path) -> None:
                 if time.time() - path.lstat().st_mtime > _NEW_SECONDS and _dead(path):
                     shutil.rmtree(path, ignore_errors=True)
             elif _dead(path):
-                if (path / WORK).exists():
-                    shutil.rmtree(path / WORK, ignore_errors=True)
-                with suppress(ValueError, AttributeError):
-                    if json.loads((path / _STATE).read_bytes()).get("csvfast", {}).get("transient"):
-                        shutil.rmtree(path, ignore_errors=True)
+                with _claimed(path) as claimed:
+                    if claimed:
+                        _clean_one(path)
+
+
+def _clean_one(path: Path) -> None:
+    if (path / WORK).exists():
+        if (path / WORK / RUNTIME_STATE).exists():
+            from csvfast.runtime.agent.containers_native import remove_remains
+
+            remove_remains(path / WORK)
+        shutil.rmtree(path / WORK, ignore_errors=True)
+    with suppress(ValueError, AttributeError):
+        if json.loads((path / _STATE).read_bytes()).get("csvfast", {}).get("transient"):
+            shutil.rmtree(path, ignore_errors=True)

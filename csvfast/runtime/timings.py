@@ -74,7 +74,7 @@ class Timings:
             else:
                 continue
             if isinstance(name, str) and isinstance(seconds, (int, float)) and len(found) < _STEPS_MAX:
-                found.append(Step(name[:80], None, float(seconds)))
+                found.append(Step("".join(one if one.isprintable() else "?" for one in name[:80]), None, float(seconds)))
         with self._lock:
             self._guest = found
 

@@ -19,7 +19,13 @@ class AgentProcess:
     """Runs `python -m csvfast.runtime.agent`; its request() asks it."""
 
     def __init__(
-        self, configuration: AgentConfiguration, work: Path, executor: str = "namespaces", *more: str, runtime: str | None = None
+        self,
+        configuration: AgentConfiguration,
+        work: Path,
+        executor: str = "namespaces",
+        *more: str,
+        runtime: str | None = None,
+        ordinary: bool = False,
     ) -> None:
         work.mkdir(exist_ok=True)
         (work / "agent.json").write_bytes(configuration.encode())
@@ -27,7 +33,11 @@ class AgentProcess:
         self.events: list[dict[str, Any]] = []
         self.work = work
         with theirs:
+            # crun refuses version 1 and 2 of control groups side by side: its own mount namespace has one of them.
+            alone = ["unshare", "-m", "sh", "-c", 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"', "sh"]
+            nobody = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]  # without a right, and with our files
             command = [
+                *(nobody if ordinary else alone if runtime == "crun" else ()),
                 sys.executable, "-m", "csvfast.runtime.agent", "--link", str(theirs.fileno()), "--configuration",
                 str(work / "agent.json"), "--executor", executor, "--work", str(work), *more,
                 *(("--runtime", runtime) if runtime else ()),

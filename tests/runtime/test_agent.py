@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(busybox() is None, reason="no guest files: run tools/install-test-tools.sh"),
 ]
 SHELL = ["/bin/sh", "-c"]
+NATIVE = ("runc", "crun", "bwrap")
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +57,9 @@ def configuration(allowed: AgentPolicy) -> AgentConfiguration:
     return AgentConfiguration(policy=allowed, registries=[{"host": "127.0.0.1:*", "plain_http": True}])
 
 
-@pytest.fixture(params=["namespaces", "runc", "bwrap", "emulator"])
+@pytest.fixture(params=["namespaces", "runc", "crun", "bwrap", "emulator"])
 def runner(request: pytest.FixtureRequest) -> str:
-    if request.param in ("runc", "bwrap"):
+    if request.param in NATIVE:
         if shutil.which(request.param) is None:
             pytest.skip(f"{request.param} is not installed")
     elif request.param == "emulator":
@@ -65,7 +68,7 @@ def runner(request: pytest.FixtureRequest) -> str:
 
 
 def agent_of(runner: str, work: Path, allowed: AgentPolicy | None = None) -> AgentProcess:
-    executor = "native" if runner in ("runc", "bwrap") else runner
+    executor = "native" if runner in NATIVE else runner
     agent = AgentProcess(configuration(allowed or policy()), work, executor, runtime=runner if executor == "native" else None)
     assert agent.request("CreateSandbox", sandbox="pod-1")["runner"] == runner
     return agent
@@ -122,13 +125,33 @@ def test_signals_and_further_programs(runner: str, images: Registry, tmp_path: P
     assert leftovers(tmp_path / "work") == []
 
 
+def test_an_ordinary_user(images: Registry, tmp_path: Path) -> None:
+    """bwrap in a user namespace. What everybody can read of a process does not have the environment."""
+    if shutil.which("bwrap") is None:
+        pytest.skip("bwrap is not installed")
+    name = f"127.0.0.1:{images.port}/team/app:clear"
+    with AgentProcess(configuration(policy()), tmp_path / "work", "native", ordinary=True) as agent:
+        assert agent.request("CreateSandbox", sandbox="pod-1")["runner"] == "bwrap"
+        agent.request("PullImage", image=name)
+        process = {"args": [*SHELL, "id -u; echo $WORD; cat /etc/secret; cat"], "env": ["WORD=between us"]}
+        made = agent.request("CreateContainer", container="one", image=name, process=process, stdin=True)
+        agent.request("StartContainer", container="one")
+        reader = agent.connection.reader(Frame.STDOUT, made["process"])
+        assert reader.read(timeout=20).startswith(b"0\n")
+        assert running("/etc/secret")
+        assert not running("between us")
+        assert agent.finish(made["process"], b"end")[::2] == (0, "")
+    assert leftovers(tmp_path / "work") == []
+
+
 def test_namespaces_are_its_own(images: Registry, tmp_path: Path) -> None:
     """What a container of our own making sees and may do; a pod's containers share network and volumes, not processes."""
     name = f"127.0.0.1:{images.port}/team/app:user"
     with agent_of("namespaces", tmp_path / "work") as agent:
         agent.request("PullImage", image=name)
         script = (
-            "id; ps | wc -l; ls /sys/class/net; grep -c . /proc/self/mountinfo; grep -E '^(CapEff|NoNewPrivs)' /proc/self/status;"
+            "id; echo /proc/[0-9]*; ls /sys/class/net; grep -c . /proc/self/mountinfo;"
+            "grep -E '^(CapEff|NoNewPrivs)' /proc/self/status;"
             "cat /proc/kcore | wc -c; (echo x >/proc/sys/kernel/hostname) 2>&1; mount -t tmpfs x /tmp 2>&1;"
             "(echo y >/etc/passwd) 2>&1;"
             "ls /dev; readlink /proc/self/ns/net; ls -d /proc/1/root/work/.. ; echo 1 > /shared/file; cat /nowhere"
@@ -138,7 +161,7 @@ def test_namespaces_are_its_own(images: Registry, tmp_path: Path) -> None:
         code, out, errors = agent.run("one", name, process=process, volumes=volumes)
         lines = out.splitlines()
         assert lines[0].startswith("uid=1000(user) gid=1000(user)")
-        assert (lines[1], lines[2]) == ("4", "lo")
+        assert (lines[1], lines[2]) == ("/proc/1", "lo")
         assert "CapEff:\t0000000000000000" in out
         assert "NoNewPrivs:\t1" in out
         assert int(lines[3]) < 40
@@ -194,7 +217,7 @@ def test_volumes_of_the_image(images: Registry, tmp_path: Path) -> None:
      ("bwrap", "agent"), ("bwrap", "both"), ("emulator", "agent")],
 )  # fmt: skip
 def test_killed_agent_leaves_nothing(runner: str, victim: str, images: Registry, tmp_path: Path) -> None:
-    if runner in ("runc", "bwrap") and shutil.which(runner) is None:
+    if runner in NATIVE and shutil.which(runner) is None:
         pytest.skip(f"{runner} is not installed")
     if runner == "emulator":
         pytest.importorskip("unicorn")
@@ -219,6 +242,7 @@ def test_killed_agent_leaves_nothing(runner: str, victim: str, images: Registry,
     assert not running(mark)
     # When the spawner, too, is gone, files are removed by whoever started the agent.
     assert victim == "both" or leftovers(work) == []
+    assert victim == "both" or list(Path("/sys/fs/cgroup").glob(f"**/csvfast-{agent.process.pid}-*")) == []
 
 
 def running(mark: str) -> list[str]:
@@ -269,6 +293,21 @@ def test_policy(images: Registry, tmp_path: Path) -> None:
         assert agent.finish(made["process"])[0] == 0
 
 
+def test_what_would_open_the_guest(images: Registry, tmp_path: Path) -> None:
+    name = f"127.0.0.1:{images.port}/team/app:clear"
+    allowed = policy(capabilities=["default", "CAP_MKNOD"], directories=["/tmp/*"])
+    with agent_of("namespaces", tmp_path / "work", allowed) as agent:
+        agent.request("PullImage", image=name)
+        with pytest.raises(ContainerError, match="executor: CAP_MKNOD"):
+            agent.request("CreateContainer", container="one", image=name)
+        with pytest.raises(ContainerError, match=r"protocol: .*absolute path"):
+            agent.request("CreateContainer", container="one", image=name, process={"cwd": "/tmp/../root"})
+    with agent_of("namespaces", tmp_path / "nodev", policy()) as agent:
+        agent.request("PullImage", image=name)
+        out = agent.run("one", name, process={"args": [*SHELL, "cat /proc/mounts"]})[1]
+        assert "nodev" in next(line for line in out.splitlines() if line.split()[1:2] == ["/"]).split()[3].split(",")
+
+
 def test_images_that_are_refused(images: Registry, tmp_path: Path) -> None:
     place = f"127.0.0.1:{images.port}/team/app"
     with agent_of("namespaces", tmp_path / "work", policy(unencrypted=False)) as agent:
@@ -291,6 +330,9 @@ def test_images_that_are_refused(images: Registry, tmp_path: Path) -> None:
 
 
 def test_requests_that_are_none(tmp_path: Path) -> None:
+    def made(**volume: str) -> dict[str, object]:
+        return {"container": "x", "image": "x", "volumes": [{"name": "shared", **volume}]}
+
     with AgentProcess(configuration(policy()), tmp_path / "work") as agent:
         with pytest.raises(ContainerError, match="state: there is no sandbox"):
             agent.request("PullImage", image="x")
@@ -303,6 +345,11 @@ def test_requests_that_are_none(tmp_path: Path) -> None:
             ("PullImage", {"image": 1}, "image: expected str"),
             ("PullImage", {"image": "x", "more": 1}, "'more' is unknown"),
             ("CreateContainer", {"container": "../x", "image": "x"}, "container: expected a name"),
+            ("CreateContainer", made(), "path: expected a directory"),
+            ("CreateContainer", made(path="/"), "path: expected a directory"),
+            ("CreateContainer", made(path="/a/../etc"), "absolute"),
+            ("CreateContainer", made(path="a"), "absolute"),
+            ("CreateContainer", made(path="//a"), "absolute"),
             ("WaitProcess", {"process": -1}, "a number from 1"),
             ("WaitProcess", {"process": True}, "a number from 1"),
         ):
@@ -311,6 +358,15 @@ def test_requests_that_are_none(tmp_path: Path) -> None:
             assert refused.value.kind == "protocol"
         with pytest.raises(ContainerError, match="there is no process 5"):
             agent.request("WaitProcess", process=5)
+
+
+def test_the_agents_memory_is_its_own() -> None:
+    """No core file, and nobody of the same user looks into it."""
+    code = (
+        "import ctypes, resource; from csvfast.runtime.agent.__main__ import _private_memory as private; private()\n"
+        "print(ctypes.CDLL(None).prctl(3), resource.getrlimit(resource.RLIMIT_CORE))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout == b"0 (0, 0)\n"
 
 
 def test_arguments_that_are_none(tmp_path: Path) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
+import socketserver
+import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from runtime.agent_broker import RunningBroker
+from runtime.agent_broker import RunningBroker, make_certificate
 from runtime.agent_images import SECRET_LINE, Registry, encrypt, make_image
 from runtime.agent_process import busybox, leftovers
 
@@ -108,6 +114,62 @@ def test_encrypted_image(place: Place, tmp_path: Path, door: str, tag: str, keys
     assert leftovers(tmp_path / "work") == []
     release = [record for record in place.broker.records() if record.action in ("release", "unwrap")][-1]
     assert (release.outcome, release.resource) == ("allowed", "default/key/images")
+
+
+@pytest.fixture(scope="module")
+def https(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The KBS behind TLS. Out: url; ca, other: certificates in PEM; pin: SHA-256 of its own."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = make_certificate()
+    (folder / "both").write_bytes(key + certificate)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "both")
+    host, _, port = place.broker.doors["kbs"].rpartition(":")
+
+    class Forward(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with (
+                suppress(OSError), context.wrap_socket(self.request, server_side=True) as ours,
+                socket.create_connection((host, int(port))) as theirs,
+            ):  # fmt: skip
+                answers = threading.Thread(target=_carry, args=(theirs, ours), daemon=True)
+                answers.start()
+                _carry(ours, theirs)
+                answers.join(10)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Forward) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield {
+            "url": f"https://127.0.0.1:{server.server_address[1]}", "ca": certificate.decode(),
+            "other": make_certificate()[1].decode(), "pin": sha256(ssl.PEM_cert_to_DER_cert(certificate.decode())).hexdigest(),
+        }  # fmt: skip
+        server.shutdown()
+        thread.join(10)
+
+
+def _carry(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize(("trust", "allowed"), [("pin", True), ("ca", True), ("wrong pin", False), ("other", False)])
+def test_kbs_over_https(place: Place, https: dict[str, str], tmp_path: Path, trust: str, allowed: bool) -> None:
+    known = {
+        "pin": {"pin": https["pin"]}, "ca": {"ca": https["ca"]}, "wrong pin": {"pin": "00" * 32}, "other": {"ca": https["other"]},
+    }[trust]  # fmt: skip
+    broker = {"door": "kbs", "url": https["url"], **known}
+    with place.sandbox(tmp_path / "work", place.configuration("kbs", broker=broker)) as sandbox:
+        if allowed:
+            assert sandbox.pull(place.name("1"))["encrypted"] == 2
+        else:
+            with pytest.raises(ContainerError, match=r"broker: .*certificate"):
+                sandbox.pull(place.name("1"))
+        agent = sandbox.guest.pid
+        assert not [fd for fd in Path(f"/proc/{agent}/fd").iterdir() if "csvfast-ca" in str(fd.readlink())]
 
 
 @pytest.mark.parametrize("door", ["verdictd", "kbs"])

@@ -184,3 +184,13 @@ def test_the_documentations_example() -> None:
     exec(block, {})
     for name in ("images", "manifests", "unencrypted", "commands", "executions", "environment", "users", "volumes"):
         assert f"| `{name}` |" in page
+
+
+def test_a_pin_needs_something_to_compare_it_with() -> None:
+    policy = AgentPolicy()
+    for url in ("http://127.0.0.1:1", "HTTPS://127.0.0.1:1", "127.0.0.1:1"):
+        for trust in ({"pin": "ab" * 32}, {"ca": "x"}, {"pin": "ab" * 32, "unattested": True}):
+            with pytest.raises(ContainerError, match="https://"):
+                AgentConfiguration(policy=policy, broker={"door": "kbs", "url": url, **trust})
+    AgentConfiguration(policy=policy, broker={"door": "kbs", "url": "https://127.0.0.1:1", "pin": "ab" * 32})
+    AgentConfiguration(policy=policy, broker={"door": "kbs", "url": "http://127.0.0.1:1", "unattested": True})

@@ -235,3 +235,33 @@ def test_peer_that_never_reads(raw: tuple[socket.socket, Connection]) -> None:
         peer.sendall(frames)
     assert agent.wait_closed(10)
     assert agent.problem == "the other side does not read"
+
+
+def test_tiny_frames_take_no_more_memory_than_large_ones(raw: tuple[socket.socket, Connection]) -> None:
+    left, agent = raw
+    left.sendall((HEADER.pack(1, Frame.STDIN, 0, 7) + b"x") * WINDOW)
+    reader = agent.reader(Frame.STDIN, 7)
+    with agent.changed:
+        assert agent.changed.wait_for(lambda: reader._waiting == WINDOW, 30)
+    assert len(reader._chunks) <= WINDOW // 2048
+    got = 0
+    while got < WINDOW:
+        got += len(chunk := reader.read(timeout=10))
+        assert set(chunk) == {ord("x")}
+
+
+def test_what_the_other_side_says_is_printable() -> None:
+    left, right = socket.socketpair()
+    with left, Connection(right.detach()) as host:
+
+        def answer() -> None:
+            left.recv(1000)
+            body = b'{"error": {"kind": "st\\u001bate", "message": "gone\\u001b[2J\\ncsvfast: all is well\\u202e"}}'
+            left.sendall(HEADER.pack(len(body), Frame.REPLY, 0, 1) + body)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ContainerError) as refused:
+            host.request("Any", {}, 10)
+        thread.join(10)
+    assert (refused.value.kind, refused.value.problem) == ("st?ate", "gone?[2J?csvfast: all is well?")

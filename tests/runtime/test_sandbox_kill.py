@@ -106,6 +106,25 @@ def test_the_agent_is_killed(demo: Demo, executor: str) -> None:
     next_run_works(demo, executor)
 
 
+def test_agent_and_spawner_are_killed_together(demo: Demo) -> None:
+    """A runtime's container is then nobody's child: the monitor ends it."""
+    needs("native")
+    options = demo.allowed(executor="native", args=["/bin/program", "hold"])
+    with subprocess.Popen(demo.command(options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"holding\n"
+        agent = agent_of(process.pid)
+        seen = family(process.pid)
+        for pid in (agent, *map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text(encoding="ascii").split())):
+            os.kill(pid, signal.SIGSTOP)
+        for pid in (agent, *map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text(encoding="ascii").split())):
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(30) == 137
+    all_gone(seen)
+    assert list(Path("/sys/fs/cgroup").glob(f"**/csvfast-{agent}-*")) == []
+    next_run_works(demo, "native")
+
+
 def test_the_agent_is_killed_before_it_can_answer(demo: Demo) -> None:
     options = demo.allowed()
     with subprocess.Popen(demo.command(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

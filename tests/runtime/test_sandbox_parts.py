@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +377,59 @@ def test_descriptors_travel_and_are_closed(door: Path) -> None:
     assert os.read(read, 10) == b"kept"
     assert os.read(read, 10) == b""  # nobody holds the other end any more
     os.close(read)
+
+
+def test_an_answer_that_comes_early(door: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The monitor may have answered and closed before the request's sender has looked up."""
+
+    def slow(*arguments: Any) -> int:
+        sent = send_fds(*arguments)
+        time.sleep(0.1)
+        return sent
+
+    send_fds = socket.send_fds
+    monkeypatch.setattr(socket, "send_fds", slow)
+    read, write = os.pipe()
+    assert ask(door, "one", "keep", descriptors=[write]) == {"count": 1}
+    os.close(read)
+    os.close(write)
+
+
+def test_who_asks_is_no_monitor(root: Path) -> None:
+    ContainerDirectory("one", root).release()
+    with (root / "one" / "lock").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert read_state(root, "one")[1] is False
+        later = threading.Timer(0.1, fcntl.flock, (other, fcntl.LOCK_UN))
+        later.start()
+        remove(root, "one")
+        later.join()
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["remove", "clean"])
+def test_a_new_container_of_the_same_name_is_not_removed(root: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """It takes the place of the old one between the look at the lock and the removal."""
+    ContainerDirectory("one", root, transient=True).release()
+    old = ContainerDirectory("one", root, transient=True)
+    os.close(old._lock)  # as when its monitor is killed
+    old._lock = -1
+    new: list[ContainerDirectory] = []
+    flock = fcntl.flock
+
+    def replaced(lock: int, operation: int) -> None:
+        flock(lock, operation)
+        if not new and operation & (fcntl.LOCK_EX if how == "remove" else fcntl.LOCK_SH):
+            monkeypatch.undo()
+            shutil.rmtree(root / "one")
+            new.append(ContainerDirectory("one", root))
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with suppress(ContainerError):
+        remove(root, "one") if how == "remove" else clean(root)
+    assert new[0].work.is_dir()
+    assert read_state(root, "one")[1] is True
+    new[0].remove()
 
 
 def test_errors_of_requests(door: Path) -> None:

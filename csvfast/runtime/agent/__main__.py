@@ -50,7 +50,10 @@ def main(arguments: Sequence[str]) -> int:
         from csvfast.runtime.agent.spawner import Spawner
 
         # It removes what the agent leaves behind; in a virtual machine all of that goes with the machine.
-        spawner = Spawner.fork([] if machine else [f"{work}/{name}" for name in ("images", "containers", "volumes")])
+        left = [] if machine else [f"{work}/{name}" for name in ("images", "containers", "volumes")]
+        remains = (lambda: _remains(work)) if options["executor"] == "native" else None
+        spawner = Spawner.fork(left, remains)
+        _private_memory()
         return _serve(options, work, spawner, begin)
     except Exception as problem:  # the host reads one line
         print(f"agent: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
@@ -109,6 +112,22 @@ def _runner(options: Mapping[str, str], work: Path, spawner: Spawner) -> Runner:
     from csvfast.runtime.agent.containers_namespaces import NamespacesRunner
 
     return NamespacesRunner(spawner, _control_groups() if executor == "vm" else None)
+
+
+def _remains(work: Path) -> None:
+    from csvfast.runtime.agent.containers_native import remove_remains
+
+    remove_remains(work)
+
+
+def _private_memory() -> None:
+    """Keys that come into this process are not written to a core file, nor read by other processes of the same user."""
+    import resource
+
+    from csvfast.runtime.agent import syscalls as system
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    system.not_dumpable()
 
 
 def _window(text: str, memory: int) -> int:

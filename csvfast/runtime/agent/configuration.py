@@ -128,6 +128,11 @@ def _checked_broker(broker: dict[str, Any]) -> dict[str, Any]:
         raise ContainerError("state", f"configuration: broker: expected {place}")
     if "pin" in broker and not _PIN.match(broker["pin"]):
         raise ContainerError("state", "configuration: broker: pin: expected 64 lower-case hexadecimal digits")
+    if door == "kbs" and not broker["url"].startswith("https://"):
+        if not broker["url"].startswith("http://"):
+            raise ContainerError("state", "configuration: broker: url: expected http:// or https://")
+        if "pin" in broker or "ca" in broker:  # nothing would be compared with them
+            raise ContainerError("state", "configuration: broker: pin and ca need an url with https://")
     if not broker.get("unattested") and "pin" not in broker and "ca" not in broker:
         wanted = 'pin, ca or "unattested": true'
         raise ContainerError("state", f"configuration: broker: nothing says which one it is; expected {wanted}")

@@ -49,6 +49,8 @@ class NamespacesRunner(Runner):
 
     def prepare(self, bundle: Bundle) -> None:
         """See Runner."""
+        if "CAP_MKNOD" in bundle.spec["process"].get("capabilities", {}).get("bounding", ()):
+            raise ContainerError("executor", "CAP_MKNOD: a container with it would open the guest's memory and the agent's wire")
         resources = bundle.spec.get("linux", {}).get("resources", {})
         settings = {
             "memory.max": resources.get("memory", {}).get("limit"),

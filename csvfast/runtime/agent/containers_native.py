@@ -21,13 +21,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from csvfast.errors import ContainerError
 from csvfast.runtime.agent.containers import Bundle, Program, Runner
+from csvfast.runtime.agent.spawner import MORE_AT
+from csvfast.runtime.state import RUNTIME_STATE
 
 if TYPE_CHECKING:
     from csvfast.runtime.agent.spawner import Spawner
 
-__all__ = ["BubblewrapRunner", "RuntimeRunner", "native_runner"]
+__all__ = ["BubblewrapRunner", "RuntimeRunner", "native_runner", "remove_remains"]
 
 _SECONDS: Final = 20.0
+_RUNTIMES: Final = ("runc", "crun")
 _ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
 
@@ -44,6 +47,21 @@ def native_runner(spawner: Spawner, work: Path, wanted: str | None = None) -> Ru
     raise ContainerError("executor", f"{wanted or 'neither runc nor crun (for root) nor bwrap'}: not installed")
 
 
+def remove_remains(work: Path) -> None:
+    """Containers whose agent was killed: their processes, control groups and state. Nothing happens where there are none.
+
+    In: work   of that agent
+    """
+    for folder in (work / RUNTIME_STATE).glob("*/*/"):
+        program = shutil.which(folder.parent.name, path=_ENVIRONMENT["PATH"])
+        if folder.parent.name not in _RUNTIMES or program is None:
+            continue
+        command = [program, "--root", str(folder.parent), "delete", "--force", folder.name]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(command, capture_output=True, env=_ENVIRONMENT, timeout=_SECONDS, check=False)
+    shutil.rmtree(work / RUNTIME_STATE, ignore_errors=True)
+
+
 class RuntimeRunner(Runner):
     """runc or crun. In: program   its path. work   directory for its state"""
 
@@ -51,7 +69,7 @@ class RuntimeRunner(Runner):
         self.name = program.name
         self._spawner = spawner
         self._program = program
-        self._state = work / "runtime-state"
+        self._state = work / RUNTIME_STATE / program.name
         self._network = False
         self._files = 0
         self._there: set[str] = set()
@@ -61,7 +79,7 @@ class RuntimeRunner(Runner):
         """See Runner."""
         del hostname
         self._network = network
-        self._state.mkdir(mode=0o700, exist_ok=True)
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def prepare(self, bundle: Bundle) -> None:
         """See Runner."""
@@ -178,7 +196,17 @@ class BubblewrapRunner(Runner):
 
     def start(self, bundle: Bundle, standard: Sequence[int]) -> Program:
         """See Runner."""
-        return self._spawner.command(self._arguments(bundle), _ENVIRONMENT, standard)
+        process = bundle.spec["process"]
+        # By a file: everybody on this machine can read arguments, and the environment is among them.
+        options = os.memfd_create("csvfast-bwrap", os.MFD_CLOEXEC)
+        try:
+            with open(options, "wb", closefd=False) as file:
+                file.write(b"".join(os.fsencode(one) + b"\0" for one in self._arguments(bundle)))
+            os.lseek(options, 0, os.SEEK_SET)
+            command = [str(self._program), "--args", str(MORE_AT), "--", *process["args"]]
+            return self._spawner.command(command, _ENVIRONMENT, [*standard, options])
+        finally:
+            os.close(options)
 
     def close(self) -> None:
         """See Runner."""
@@ -188,7 +216,7 @@ class BubblewrapRunner(Runner):
         spec = bundle.spec
         process = spec["process"]
         user = process["user"]
-        found = [str(self._program), "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+        found = ["--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
         found += ["--share-net"] if self._network else []
         found += ["--hostname", spec["hostname"]] if spec.get("hostname") else []
         found += ["--ro-bind" if spec["root"].get("readonly") else "--bind", str(bundle.rootfs), "/"]
@@ -207,4 +235,4 @@ class BubblewrapRunner(Runner):
         for setting in process["env"]:
             name, _, value = setting.partition("=")
             found += ["--setenv", name, value]
-        return [*found, "--chdir", process["cwd"], "--", *process["args"]]
+        return [*found, "--chdir", process["cwd"]]

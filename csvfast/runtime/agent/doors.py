@@ -12,10 +12,12 @@ Thread-safety: any thread; requests follow one another.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from csvfast.errors import AttestedTlsError, BrokerError, ContainerError, CsvfastError, ImageError
@@ -129,10 +131,9 @@ class Door:
             key = TlsKey.generate("p256")
         with self._step("report and certificate"):
             identity = Identity(key, attest_certificate(key, self._attester, custom={}, layout="rats-tls"))
-        client = VerdictdClient((host.strip("[]"), int(port)), self._attester, known, identity=identity)
+        client = self._client = VerdictdClient((host.strip("[]"), int(port)), self._attester, known, identity=identity)
         with self._step("handshake"):
             client.connect()
-        self._client = client
         self._wrapper = VerdictdDecrypt(client) if broker.get("decrypt") else VerdictdKeks(self._mapped(client))
 
     def _kbs(self, broker: dict[str, Any]) -> None:
@@ -143,13 +144,14 @@ class Door:
             self._prepare()
 
         url = broker["url"]
-        tls = None
         if url.startswith("https:"):
-            tls = _tls(broker)
-        client = KbsClient(url, self._attester, tls=tls, insecure=not url.startswith("https:"))
+            with _tls(broker) as tls:
+                client = KbsClient(url, self._attester, tls=tls)
+        else:
+            client = KbsClient(url, self._attester, insecure=True)
+        self._client = client
         with self._step("handshake"):
             client.handshake()  # once: a refusal stays one
-        self._client = client
         self._wrapper = KbsKeks(self._mapped(client))
 
     def _mapped(self, client: Any) -> Any:
@@ -172,14 +174,17 @@ class _Mapped:
         return self._client.decrypt(blobs)  # type: ignore[no-any-return]
 
 
-def _tls(broker: dict[str, Any]) -> Any:
+@contextmanager
+def _tls(broker: dict[str, Any]) -> Iterator[Any]:
+    """Its certificates of authorities are a file for as long as the block runs: the ssl module reads files."""
     from csvfast.broker.clients.http import Tls
 
     if "ca" not in broker:
-        return Tls(pin=broker.get("pin"))
-    import os
-    from pathlib import Path
-
-    memory = os.memfd_create("csvfast-ca", 0)  # the ssl module reads files; it lives as long as the agent
-    os.write(memory, broker["ca"].encode())
-    return Tls(ca=Path(f"/proc/self/fd/{memory}"), pin=broker.get("pin"))
+        yield Tls(pin=broker.get("pin"))
+        return
+    memory = os.memfd_create("csvfast-ca", os.MFD_CLOEXEC)
+    try:
+        os.write(memory, broker["ca"].encode())
+        yield Tls(ca=Path(f"/proc/self/fd/{memory}"), pin=broker.get("pin"))
+    finally:
+        os.close(memory)

@@ -60,6 +60,8 @@ def run(spec: Mapping[str, Any], rootfs: str, volumes: Sequence[tuple[str, str]]
         _sethostname(hostname)
     system.mount(None, "/", None, system.MS_REC | system.MS_PRIVATE)
     system.mount(rootfs, rootfs, None, system.MS_BIND | system.MS_REC)
+    # No device of an image's is one here; a bind mount takes this only when it is mounted anew.
+    system.mount(None, rootfs, None, system.MS_BIND | system.MS_REMOUNT | system.MS_NODEV)
     trees = [(system.open_tree(source), target) for source, target in volumes]
     os.chdir(rootfs)
     system.pivot_root(".", ".")
@@ -78,7 +80,7 @@ def run(spec: Mapping[str, Any], rootfs: str, volumes: Sequence[tuple[str, str]]
     for path in linux.get("maskedPaths", ()):
         _mask(path)
     if spec.get("root", {}).get("readonly"):
-        system.mount(None, "/", None, system.MS_BIND | system.MS_REMOUNT | system.MS_RDONLY)
+        system.mount(None, "/", None, system.MS_BIND | system.MS_REMOUNT | system.MS_RDONLY | system.MS_NODEV)
     _become(spec["process"], last)
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -69,6 +70,13 @@ class Fields:
         if not value:
             self._refuse(name, "a text")
         return str(value)
+
+    def path(self, name: str) -> str | None:
+        """An absolute path, or None. Patterns of the policy judge its text: nothing in that leads elsewhere."""
+        value = self.text(name, 4096)
+        if value is not None and (not value.startswith("/") or value.startswith("//") or posixpath.normpath(value) != value):
+            self._refuse(name, "an absolute path without '.', '..' and needless '/'")
+        return value
 
     def texts(self, name: str) -> list[str] | None:
         """A list of texts without NUL, or None."""

@@ -208,10 +208,12 @@ class Agent:
         process = fields.fields("process")
         stdin, readonly = fields.flag("stdin"), fields.flag("readonly")
         memory, pids = fields.number("memory", 1 << 20, 1 << 50), fields.number("pids", 1, 1 << 22)
-        volumes = [(one.identifier("name"), one.needed_text("path", 4096), one) for one in fields.many("volumes")]
+        volumes = [(one.identifier("name"), one.path("path") or "", one) for one in fields.many("volumes")]
         fields.end()
-        for _, _, one in volumes:
+        for _, path, one in volumes:
             one.end()
+            if path in ("", "/"):
+                raise ContainerError("protocol", "CreateContainer: volumes: path: expected a directory of the container")
         image = self._images.get(name)
         if image is None:
             raise ContainerError("state", f"image {name[:200]!r} was not pulled")
@@ -412,12 +414,10 @@ class _ProcessFields:
     def read(cls, fields: Fields) -> _ProcessFields:
         """ContainerError "protocol"."""
         found = cls(
-            fields.texts("args") or None, fields.texts("command"), fields.texts("env") or [], fields.text("cwd", 4096),
+            fields.texts("args") or None, fields.texts("command"), fields.texts("env") or [], fields.path("cwd"),
             fields.text("user", 256),
         )  # fmt: skip
         fields.end()
         if any(one.find("=") < 1 for one in found.environment):
             raise ContainerError("protocol", "env: expected NAME=value")
-        if found.directory is not None and not found.directory.startswith("/"):
-            raise ContainerError("protocol", "cwd: expected an absolute path")
         return found

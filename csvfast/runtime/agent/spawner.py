@@ -23,7 +23,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -32,11 +32,12 @@ from csvfast.errors import ContainerError
 from csvfast.runtime.agent import namespaces
 from csvfast.runtime.agent import syscalls as system
 
-__all__ = ["SpawnedProcess", "Spawner"]
+__all__ = ["MORE_AT", "SpawnedProcess", "Spawner"]
 
 _MESSAGE_MAX: Final = 4096
 _DESCRIPTORS_MAX: Final = 8
 _START_SECONDS: Final = 60.0
+MORE_AT: Final = 4  # where a command finds the descriptors behind its standard streams
 _ERRORS_AT: Final = 3  # where a forked process has the pipe for its problems
 
 
@@ -93,8 +94,12 @@ class Spawner:
         self.lost = threading.Event()  # the spawner is gone
 
     @classmethod
-    def fork(cls, clean: Sequence[str] = ()) -> Spawner:
-        """Forks the spawner. In: clean   directories that are unmounted and removed when the agent is gone. OSError."""
+    def fork(cls, clean: Sequence[str] = (), remains: Callable[[], object] | None = None) -> Spawner:
+        """Forks the spawner. OSError.
+
+        In: clean     directories that are unmounted and removed when the agent is gone
+            remains   called there before that: ends what is no child of the spawner's
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
@@ -106,7 +111,7 @@ class Spawner:
                 os.closerange(_ERRORS_AT + 1, 65536)
                 with socket.socket(fileno=os.dup(_ERRORS_AT)) as connection:
                     os.close(_ERRORS_AT)
-                    _serve(connection, clean)
+                    _serve(connection, clean, remains)
                 code = 0
             finally:
                 os._exit(code)
@@ -143,7 +148,10 @@ class Spawner:
             os.close(null)
 
     def command(self, arguments: Sequence[str], environment: Mapping[str, str], standard: Sequence[int]) -> SpawnedProcess:
-        """A program of this system; it dies with the spawner. In: arguments   the first is its path. Raises ContainerError."""
+        """A program of this system; it dies with the spawner. Raises ContainerError.
+
+        In: arguments   the first is its path. standard: three descriptors, and further ones, which it finds from MORE_AT on
+        """
         order = {"kind": "command", "args": list(arguments), "env": dict(environment)}
         return self._order(order, standard)
 
@@ -213,7 +221,7 @@ class Spawner:
 # ---- In the spawner
 
 
-def _serve(connection: socket.socket, clean: Sequence[str]) -> None:
+def _serve(connection: socket.socket, clean: Sequence[str], remains: Callable[[], object] | None) -> None:
     system.set_subreaper()
     system.die_with_parent(signal.SIGTERM)
     wake_out, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -250,7 +258,7 @@ def _serve(connection: socket.socket, clean: Sequence[str]) -> None:
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
-    _end(children, clean)
+    _end(children, clean, remains)
 
 
 def _start(connection: socket.socket, own: int, descriptors: Sequence[int], children: dict[int, int]) -> None:
@@ -294,7 +302,7 @@ def _child(order: Mapping[str, Any], given: Sequence[int], problems: int) -> NoR
         # Descriptors above all those that are given places first: none is overwritten before it is used.
         high = [_high(descriptor) for descriptor in (*given[:3], problems, *given[3:])]
         for place, descriptor in enumerate(high):
-            os.dup2(descriptor, place, inheritable=place < _ERRORS_AT)
+            os.dup2(descriptor, place, inheritable=place < _ERRORS_AT or (place >= MORE_AT and order["kind"] == "command"))
         os.closerange(len(high), 65536)
         if cgroup := order.get("cgroup"):
             Path(cgroup, "cgroup.procs").write_text("0", encoding="ascii")
@@ -343,7 +351,7 @@ def _reap(connection: socket.socket, children: dict[int, int]) -> None:
                     connection.send(json.dumps(answer).encode())
 
 
-def _end(children: Mapping[int, int], clean: Sequence[str]) -> None:
+def _end(children: Mapping[int, int], clean: Sequence[str], remains: Callable[[], object] | None) -> None:
     for pid in children:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -355,6 +363,8 @@ def _end(children: Mapping[int, int], clean: Sequence[str]) -> None:
                     os.kill(pid, signal.SIGKILL)
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 time.sleep(0.005)
+    if remains is not None:
+        remains()
     for folder in clean:
         unmount_below(folder)
         shutil.rmtree(folder, ignore_errors=True)
