@@ -110,8 +110,7 @@ class Job:
         self._report = progress
         self._lock = threading.Lock()
         self._reported = 0.0
-        self._found: list[Key] = []
-        self._rows: dict[Key, Row] = {}
+        self._rows: dict[Key, Row | None] = {}  # in the order in which they are found
         self._stack = ExitStack()
         self._ledger = None if ledger is None else self._stack.enter_context(Ledger(ledger, fresh=fresh))
         self.repaired = 0 if self._ledger is None else self._ledger.repaired
@@ -133,7 +132,7 @@ class Job:
     @property
     def table(self) -> list[Row]:
         """The rows that are there, in the order in which their sources were found: the same however they were measured."""
-        return [self._rows[key] for key in self._found if key in self._rows]
+        return [row for row in self._rows.values() if row is not None]
 
     def __iter__(self) -> Iterator[Row]:
         aside: list[tuple[Row, bool]] = []
@@ -156,7 +155,7 @@ class Job:
         for found in discover(self._sources, self._selection):
             if self._ledger is not None and isinstance(found, Item) and self._ledger.is_file(found.identity):
                 continue
-            self._found.append(found.key)
+            self._rows[found.key] = None
             if isinstance(found, Row):
                 progress.sources += 1
                 aside.append((replace(found, started=time.time()), False))
@@ -190,8 +189,8 @@ class Job:
             self._ledger.add(rows)
         for row in rows:
             self._rows[row.key] = row
-            self.progress.done += 1
-            self.progress.failed += not row.ok
+        self.progress.done += len(rows)
+        self.progress.failed += sum([not row.ok for row in rows])
         self._show()
         yield from rows
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from csvfast import _core
 from csvfast.measure.fleet.providers import FileSource, Readable, error_of, open_item
-from csvfast.measure.fleet.rows import Item, Row
+from csvfast.measure.fleet.rows import Identity, Item, Row
 from csvfast.measure.fleet.tasks import Step
 from csvfast.measure.source import Access
 
@@ -37,12 +37,7 @@ def measure_lanes(items: Sequence[Item], step: Step | None, worker: str, access:
 
     Raises only what `step` raises. Thread-safety: safe from any thread.
     """
-    small: list[int] = []
-    for place, item in enumerate(items):
-        one = item.identity
-        if one is not None and one.mtime_ns is not None and one.size is not None and one.size <= SMALL_BYTES:
-            if not item.provider and item.content == "file":
-                small.append(place)
+    small = [place for place, item in enumerate(items) if _is_small(item)]
     left = sorted(set(range(len(items))).difference(small), key=lambda place: -(items[place].size or 0))
     for start in range(0, len(small), CALL_FILES):
         places = small[start : start + CALL_FILES]
@@ -67,43 +62,46 @@ def _room() -> bytearray:
     return room
 
 
+def _is_small(item: Item) -> bool:
+    one = item.identity
+    if one is None or one.size is None or one.mtime_ns is None:
+        return False
+    return one.size <= SMALL_BYTES and not item.provider and item.content == "file"
+
+
 def _small_rows(items: Sequence[Item], worker: str) -> Iterable[Row | None]:
     started = time.time()
     before = time.perf_counter()
-    identities = [item.identity for item in items]
+    identities = [item.identity or Identity() for item in items]
     try:
         names = [os.fsencode(item.location) for item in items]
         digests = _core.sm3_small_files(names, identities, _room(), SMALL_BYTES)
-    except (TypeError, ValueError, OverflowError):  # what cannot be a path, numbers that none has: the other way says what is wrong
+    except (TypeError, ValueError, OverflowError):  # what no path and no identity can be: the other way says what is wrong
         return [None] * len(items)
-    total = sum([0 if digest is None else identity.size for digest, identity in zip(digests, identities, strict=True)])
-    took = (time.perf_counter() - before) / max(total, 1)
-    rows: list[Row | None] = []
-    for item, identity, digest in zip(items, identities, digests, strict=True):
-        if digest is None:
-            rows.append(None)
-            continue
-        size = identity.size
-        rows.append(
-            Row(
-                item.name,
-                "linear",
-                "file",
-                item.options.text(),
-                digest.hex(),
-                size,
-                identity,
-                None,
-                None,
-                item.expect,
-                0,
-                started,
-                size * took,
-                worker,
-                "" if item.location is item.name else item.row_location,
-            )
+    sizes = [identity.size or 0 for identity in identities]
+    took = (time.perf_counter() - before) / max(sum(sizes), 1)
+    return [
+        None
+        if digest is None
+        else Row(
+            item.name,
+            "linear",
+            "file",
+            item.options.text(),
+            digest.hex(),
+            size,
+            identity,
+            None,
+            None,
+            item.expect,
+            0,
+            started,
+            size * took,
+            worker,
+            "" if item.location is item.name else item.row_location,
         )
-    return rows
+        for item, identity, size, digest in zip(items, identities, sizes, digests, strict=True)
+    ]
 
 
 class _Lane:

@@ -66,7 +66,9 @@ class Options:
 
     def text(self) -> str:
         """"" when everything has its default, otherwise a short form that a row's key holds."""
-        return "" if self is _DEFAULTS or self == _DEFAULTS else f"salt={self.salt or '-'} block_bytes={self.block_bytes}"
+        if not self.salt and self.block_bytes == 4096:
+            return ""
+        return f"salt={self.salt or '-'} block_bytes={self.block_bytes}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
