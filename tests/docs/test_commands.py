@@ -37,6 +37,7 @@ SECRET_AREA = "0x80f000"  # of that firmware
 # README.md's lines on containers and CSV3 guests: other pages have such that run (containers.md, operations.md).
 ELSEWHERE = (
     "csvfast machine run", "csvfast cert fetch", "csvfast cert import /opt", "csvfast bench",
+    "csvfast measure batch s3:", "csvfast measure batch --cluster",
     "csvfast image push oci:sealed:1 docker://registry.example", "csvfast runtime measure --broker", "csvfast run --broker",
     "csvfast runtime create --bundle bundle web",
     "csvfast vm initrd --out guest.initrd --run \"python3 -m csvfast.machine.guest extend",
@@ -129,6 +130,7 @@ def prepare_fleet(folder: Path) -> None:
     """A directory of images, a manifest, a key."""
     from csvfast.crypto import SM2PrivateKey, dump_private_key, dump_public_key
 
+    prepare_image(folder)
     (folder / "images").mkdir()
     for name in ("a.img", "b.img"):
         shutil.copy(folder / name, folder / "images" / name)

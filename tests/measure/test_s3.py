@@ -78,7 +78,8 @@ def test_objects_are_measured_as_files_are(
 
 
 def test_patterns_prefixes_and_what_is_not_there(proxy: Proxy) -> None:
-    assert [found.name for found in provider.expand("s3://images/sm*/[12].img")] == [f"s3://images/small/{one}.img" for one in (1, 2)]
+    found = list(provider.expand("s3://images/sm*/[12].img"))
+    assert [one.name for one in found] == ["s3://images/small/1.img", "s3://images/small/2.img"]
     names = [f"s3://images/small/{number}.img" for number in range(6)]
     assert [found.name for found in provider.expand("s3://images/small/*.img")] == names
     assert [found.name for found in provider.expand("s3://images/small")] == names
