@@ -6,11 +6,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runtime.agent_images import SECRET_LINE, Registry, encrypt, make_image
@@ -18,10 +21,16 @@ from runtime.agent_process import AgentProcess, busybox, leftovers
 
 from csvfast.errors import ContainerError
 from csvfast.image.layout import OciLayout
+from csvfast.runtime.agent.attest import CertifiedAttester
 from csvfast.runtime.agent.configuration import AgentConfiguration
+from csvfast.runtime.agent.containers import Bundle, Runner
+from csvfast.runtime.agent.processes import Process
+from csvfast.runtime.agent.pull import PulledImage
 from csvfast.runtime.agent.seccomp import FORBIDDEN, filter_program
+from csvfast.runtime.agent.server import Agent, _Container
+from csvfast.runtime.agent.spawner import SpawnedProcess, Spawner
 from csvfast.runtime.agent_policy import AgentPolicy
-from csvfast.runtime.protocol import Frame
+from csvfast.runtime.protocol import Connection, Frame
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces without root"),
@@ -291,6 +300,56 @@ def test_policy(images: Registry, tmp_path: Path) -> None:
         with pytest.raises(ContainerError, match="policy: signals"):
             agent.request("SignalProcess", process=made["process"], signal=9)
         assert agent.finish(made["process"])[0] == 0
+
+
+class SlowRunner(Runner):
+    """Its programs begin when they are told to."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.asked, self.go = threading.Event(), threading.Event()
+        self.program: SpawnedProcess | None = None
+        self.spawner = Spawner.fork()
+
+    def start(self, bundle: Bundle, standard: Sequence[int]) -> SpawnedProcess:
+        self.asked.set()
+        assert self.go.wait(20)
+        self.program = self.spawner.command(["/bin/sleep", "60"], {}, standard)
+        return self.program
+
+    def close(self) -> None:
+        self.spawner.close()
+
+
+def test_removed_while_it_starts(tmp_path: Path) -> None:
+    """Whoever removes it waits, and ends it: nothing runs that the agent does not know."""
+    runner = SlowRunner()
+    agent = Agent(configuration(policy()), runner, CertifiedAttester(Any, lambda *_: None), tmp_path)
+    left, right = socket.socketpair()
+    with left, Connection(right.detach(), agent.handle) as connection:
+        agent.attach(connection)
+        agent.handle("CreateSandbox", {"sandbox": "pod"})
+        image = PulledImage("x", tmp_path / "images" / "1", "", None, (), taken=True)  # type: ignore[arg-type]
+        bundle = Bundle("one", tmp_path / "containers" / "one", image.rootfs, {})
+        container = _Container(bundle, Process(connection, 1, "one", stdin=False), (), {}, image)
+        agent._containers["one"] = container
+        requests = [
+            threading.Thread(target=agent.handle, args=(method, {"container": "one"}))
+            for method in ("StartContainer", "RemoveContainer")
+        ]
+        requests[0].start()
+        assert runner.asked.wait(20)
+        requests[1].start()
+        requests[1].join(0.2)
+        runner.go.set()
+        for request in requests:
+            request.join(20)
+        assert runner.program is not None
+        assert container.first.exit_code == 137
+        with pytest.raises(ContainerError, match="no container one"):
+            agent.handle("StartContainer", {"container": "one"})
+        agent.close()
 
 
 def test_what_would_open_the_guest(images: Registry, tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ class _Container:
     image: PulledImage
     others: dict[int, Process] = field(default_factory=dict)
     started: bool = False
+    removed: bool = False
+    starting: threading.Lock = field(default_factory=threading.Lock)  # nothing begins in it while or after it is removed
+
+    def check_there(self) -> None:
+        """To be asked under `starting`. ContainerError "state"."""
+        if self.removed:
+            raise ContainerError("state", f"container {self.bundle.identifier} is removed")
 
 
 class Agent:
@@ -283,12 +290,13 @@ class Agent:
     def _start_container(self, fields: Fields) -> Mapping[str, Any]:
         container = self._container(fields)
         fields.end()
-        with self._lock:
+        with container.starting:
+            container.check_there()
             if container.started:
                 raise ContainerError("state", f"container {container.bundle.identifier} was started already")
             container.started = True
-        with self.times.step("start container"):
-            pid = container.first.start(lambda standard: self.runner.start(container.bundle, standard), self._ended)
+            with self.times.step("start container"):
+                pid = container.first.start(lambda standard: self.runner.start(container.bundle, standard), self._ended)
         return {"pid": pid}
 
     def _exec_process(self, fields: Fields) -> Mapping[str, Any]:
@@ -317,7 +325,9 @@ class Agent:
             process = self._new_process(container.bundle.identifier, stdin=stdin)
             container.others[process.number] = process
         try:
-            process.start(lambda standard: self.runner.execute(container.bundle, first, spec, standard), self._ended)
+            with container.starting:
+                container.check_there()
+                process.start(lambda standard: self.runner.execute(container.bundle, first, spec, standard), self._ended)
         except BaseException:
             with self._lock:
                 container.others.pop(process.number, None)
@@ -390,6 +400,8 @@ class Agent:
                 self._connection.send_event(event)
 
     def _end(self, container: _Container) -> None:
+        with container.starting:
+            container.removed = True
         for process in (*container.others.values(), container.first):
             process.kill()
             self._processes.pop(process.number, None)
