@@ -20,6 +20,7 @@ import pytest
 from measure.dask_cluster import Cluster
 
 import csvfast
+from csvfast.cli import main
 from csvfast.errors import MissingExtraError
 from csvfast.measure import Item, Job, Row, Selection, batch
 from csvfast.measure.fleet import cluster as cluster_module
@@ -277,3 +278,19 @@ def test_another_file_of_the_same_name_on_a_worker(tmp_path: Path) -> None:
     gone = perform_remotely(*here, RangeTask(0, Item("b.img", "b.img", "tree"), 0, 4096))
     assert gone.row is not None  # type: ignore[union-attr]
     assert gone.row.message == "b.img: no such file"  # type: ignore[union-attr]
+
+
+def test_the_command(cluster: Cluster, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledgers = [tmp_path / "there", tmp_path / "here"]
+    for ledger, options in zip(ledgers, (["--cluster", cluster.address], []), strict=True):
+        assert main(["measure", "batch", str(images / "large.img"), "--mode", "tree", "--ledger", str(ledger), *options]) == 0
+    assert main(["measure", "diff", *map(str, ledgers)]) == 0
+    assert main(["measure", "verify", str(ledgers[1]), "--cluster", str(cluster.file), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["measure", "batch", str(images), "--cluster", "tcp://127.0.0.1:1x", "--jobs", "2"]) == 2
+    assert main(["measure", "batch", str(images), "--cluster", str(tmp_path / "missing.json")]) not in (0, 1)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "csvfast: error: --cluster: given with --executor or --jobs; expected one place where the work is done",
+        f"csvfast: error: cluster {tmp_path}/missing.json: no such scheduler file; expected the address of a Dask scheduler",
+    ]
