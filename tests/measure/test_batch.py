@@ -301,6 +301,20 @@ def test_mapped_files(tmp_path: Path) -> None:
         _core.sm3_blocks_mapped(0, 0, 4095)
 
 
+@pytest.mark.parametrize("kernel", csvfast.info()["kernels"]["sm3-many"]["available"])
+@pytest.mark.parametrize("mode", ["linear", "tree"])
+def test_every_kernel(tmp_path: Path, kernel: str, mode: Any) -> None:
+    contents = make_files(tmp_path / "images", tuple(range(3000, 330_000, 9001)))
+    wanted = {name: measure_image(name, mode).hexdigest for name in contents}
+    csvfast.force_kernel("sm3-many", kernel)
+    try:
+        for access in ("read", "mmap"):
+            with Job([tmp_path / "images"], Selection(mode), access=access, jobs=1) as job:  # type: ignore[arg-type]
+                assert {row.name: row.digest for row in job} == wanted
+    finally:
+        csvfast.force_kernel("sm3-many", None)
+
+
 _FAULTS = """
 import ctypes, mmap, os, signal, sys, tempfile
 from csvfast import _core
