@@ -104,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "csvfast"
     sys_version = ""
+    # Head and body are two writes: with Nagle's algorithm the second waits for the first one's acknowledgement, 40 ms and more.
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         self._serve(True)
