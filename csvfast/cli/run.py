@@ -147,6 +147,9 @@ def _run(options: RunOptions, name: str, root: Path | None, console: bool, show_
             record = monitor.state()
         if container.problem is not None:
             say(f"the container was lost: {container.problem}")
+        if container.unwritten is not None:  # a success without its output is none
+            say(f"output of the container was lost: {container.unwritten}")
+            code = code or ExitCode.ENVIRONMENT
     except CsvfastError as problem:
         if show_timings and not as_json:
             say(f"timings\n{timings.table()}")

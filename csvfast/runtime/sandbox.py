@@ -265,7 +265,7 @@ class Container:
     """One container of a sandbox.
 
     Attributes: identifier; process: its number on the wire; status: "created", "running", "stopped"; exit_code: None before the
-        end; problem: why it was lost, None otherwise.
+        end; problem: why it was lost, None otherwise; unwritten: why some of its output was, but for a reader that went away.
     """
 
     def __init__(self, sandbox: Sandbox, identifier: str, process: int, stdin: bool) -> None:
@@ -274,6 +274,7 @@ class Container:
         self.status = "created"
         self.exit_code: int | None = None
         self.problem: str | None = None
+        self.unwritten: str | None = None
         self.ended: Callable[[Container], object] | None = None
         self._sandbox = sandbox
         self._stdin = stdin
@@ -377,7 +378,9 @@ class Container:
                     left = memoryview(chunk)
                     while left:
                         left = left[os.write(target, left) :]
-            except (OSError, ValueError):  # nobody listens any more: the program in there is told, as by a pipe
+            except (OSError, ValueError) as problem:  # nobody listens any more: the program in there is told, as by a pipe
+                if not isinstance(problem, BrokenPipeError):
+                    self.unwritten = str(problem)
                 reader.close()
                 return
 

@@ -106,6 +106,14 @@ def test_much_output_to_a_slow_reader(demo: Demo) -> None:
         assert process.wait(30) == 0
 
 
+def test_a_full_disk(demo: Demo) -> None:
+    """The container's success without its output is none."""
+    command = demo.command(demo.allowed(args=["/bin/program", "env"]))
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, b"output of the container was lost: [Errno 28]" in done.stderr) == (3, True)
+
+
 @pytest.mark.parametrize("executor", ["emulator", "native"])
 def test_signals_go_to_the_container(demo: Demo, executor: str) -> None:
     if (reason := executor_of(executor).unavailable()) is not None:
