@@ -352,6 +352,26 @@ def test_removed_while_it_starts(tmp_path: Path) -> None:
         agent.close()
 
 
+def test_a_tree_that_is_removed_is_nobodys_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request for a container may hold an image that another PullImage replaces this moment: half of a tree is no image."""
+
+    def pulled(name: str, _source: str, destination: Path, **_: object) -> PulledImage:
+        destination.mkdir()
+        return PulledImage(name, destination, "sha256:", None, ())  # type: ignore[arg-type]
+
+    monkeypatch.setattr("csvfast.runtime.agent.pull.pull_image", pulled)
+    agent = Agent(configuration(policy()), Runner(), CertifiedAttester(Any, lambda *_: None), tmp_path)
+    agent.handle("CreateSandbox", {"sandbox": "pod"})
+    agent.handle("PullImage", {"image": "x"})
+    old = agent._images["x"]
+    agent.handle("PullImage", {"image": "x"})
+    assert not old.rootfs.exists()
+    with pytest.raises(ContainerError, match="expected another PullImage"):
+        agent._take_tree(old)
+    assert agent._take_tree(agent._images["x"]).exists()
+    agent.close()
+
+
 def test_what_would_open_the_guest(images: Registry, tmp_path: Path) -> None:
     name = f"127.0.0.1:{images.port}/team/app:clear"
     allowed = policy(capabilities=["default", "CAP_MKNOD"], directories=["/tmp/*"])

@@ -187,7 +187,11 @@ class Agent:
             with self._lock:
                 old = self._images.get(name)
                 self._images[name] = image
-        if old is not None and not old.taken:
+                if old is not None and old.taken:
+                    old = None
+                elif old is not None:
+                    old.taken = True  # no container begins on a tree that is being removed
+        if old is not None:
             shutil.rmtree(old.rootfs, ignore_errors=True)
         return {
             "image": name, "manifest": image.manifest, "layers": len(image.encrypted), "encrypted": sum(image.encrypted),
@@ -203,7 +207,8 @@ class Agent:
         """The image's tree becomes a container's: each container needs a PullImage of its own."""
         with self._lock:
             if image.taken:
-                raise ContainerError("state", f"image {image.name} has become a container; expected another PullImage")
+                problem = f"image {image.name} has become a container, or another took its place; expected another PullImage"
+                raise ContainerError("state", problem)
             image.taken = True
         return image.rootfs
 
@@ -366,8 +371,9 @@ class Agent:
         with self._lock:
             self._containers.pop(container.bundle.identifier, None)
         self._end(container)
-        if self._images.get(container.image.name) is container.image:
-            del self._images[container.image.name]
+        with self._lock:
+            if self._images.get(container.image.name) is container.image:
+                del self._images[container.image.name]
 
     # ---- Behind it
 
