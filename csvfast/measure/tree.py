@@ -100,6 +100,21 @@ class TreeBuilder:
             del pending[:ready]
             self._emit(level, blocks)
 
+    def add_blocks(self, digests: bytes, level: int) -> None:
+        """Appends digests of whole hash blocks of the level below, level - 1, which were hashed elsewhere; a sink misses those.
+
+        What that level holds so far must be whole blocks, too.
+        """
+        self.add(b"", level - 1)
+        below = self._pending[level - 1]
+        if len(below) % self._block_bytes:
+            raise ParameterError(f"level {level - 1} ends within a hash block; expected whole ones before others are added")
+        if below:
+            self._emit(level - 1, bytes(below))
+            below.clear()
+        self._counts[level - 1] += len(digests) // DIGEST_BYTES * (self._block_bytes // DIGEST_BYTES)
+        self.add(digests, level)
+
     def finish(self) -> bytes:
         """Pads and closes every level. Returns the root digest. The builder is used up."""
         if not self._counts:

@@ -22,13 +22,14 @@ from measure.dask_cluster import Cluster
 import csvfast
 from csvfast.cli import main
 from csvfast.errors import MissingExtraError
-from csvfast.measure import Item, Job, Row, Selection, batch
+from csvfast.measure import Item, Job, ParameterError, Row, Selection, batch
 from csvfast.measure.fleet import cluster as cluster_module
 from csvfast.measure.fleet import schedule
 from csvfast.measure.fleet.cluster import DaskExecutor, perform_remotely
 from csvfast.measure.fleet.executors import ExecutorError
 from csvfast.measure.fleet.rows import Identity
 from csvfast.measure.fleet.tasks import RangeTask, WholeTask
+from csvfast.measure.tree import BlockHash, TreeBuilder
 
 MIB = 1 << 20
 
@@ -294,3 +295,25 @@ def test_the_command(cluster: Cluster, images: Path, tmp_path: Path, capsys: pyt
         "csvfast: error: --cluster: given with --executor or --jobs; expected one place where the work is done",
         f"csvfast: error: cluster {tmp_path}/missing.json: no such scheduler file; expected the address of a Dask scheduler",
     ]
+
+
+@pytest.mark.parametrize("block_bytes", [1024, 4096, 65536])
+def test_a_tree_of_blocks_that_were_hashed_elsewhere(block_bytes: int) -> None:
+    """Whatever comes as leaves and what as digests of whole hash blocks, the root is the same."""
+    source = random.Random(block_bytes)
+    block_hash = BlockHash(b"salt")
+    for count in (1, 2, 3, 9):
+        parts = [source.randbytes(block_bytes * source.randint(1, 5)) for _ in range(count)]
+        parts.append(source.randbytes(32 * source.randint(1, 50)))  # the last range
+        plain, mixed = TreeBuilder(block_hash, block_bytes), TreeBuilder(block_hash, block_bytes)
+        for number, part in enumerate(parts):
+            plain.add(part)
+            if number < count and source.random() < 0.7:
+                mixed.add_blocks(block_hash.digests(part, block_bytes), 1)
+            else:
+                mixed.add(part)
+        assert plain.finish() == mixed.finish()
+    unfinished = TreeBuilder(block_hash, block_bytes)
+    unfinished.add(bytes(32))
+    with pytest.raises(ParameterError, match="ends within a hash block"):
+        unfinished.add_blocks(bytes(32), 1)

@@ -183,7 +183,7 @@ class _Join:
         self._size = item.size or 0
         block_hash, block_bytes = block_hash_of(item)
         self._builder = TreeBuilder(block_hash, block_bytes)
-        self._early: dict[int, bytes] = {}
+        self._early: dict[int, tuple[bytes, int]] = {}
         self._identity: Identity | None = None
         self._started = time.time()
         self._seconds = 0.0
@@ -205,9 +205,13 @@ class _Join:
         self._started = min(self._started, outcome.started)
         self._seconds += outcome.seconds
         self._workers.add(outcome.worker)
-        self._early[task.start] = outcome.leaves
-        while (leaves := self._early.pop(self.next, None)) is not None:
-            self._builder.add(leaves)
+        self._early[task.start] = (outcome.leaves, outcome.level)
+        while (ready := self._early.pop(self.next, None)) is not None:
+            leaves, level = ready
+            if level:
+                self._builder.add_blocks(leaves, level)
+            else:
+                self._builder.add(leaves)
             self.next += RANGE_BYTES
         if self.next < covered(self._item, self._size):
             return None

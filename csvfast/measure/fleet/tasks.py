@@ -93,7 +93,8 @@ class WholeOutcome:
 class RangeOutcome:
     """Leaves: 32 bytes for each block. identity: of the source as this worker saw it, before and after.
 
-    row: the item's row with an error when the range could not be measured; leaves are empty then.
+    row: the item's row with an error when the range could not be measured; leaves are empty then. level: 0, or of the digests of
+    whole hash blocks that stand in the place of the leaves.
     """
 
     number: int
@@ -103,6 +104,7 @@ class RangeOutcome:
     seconds: float
     worker: str
     row: Row | None = None
+    level: int = 0
 
 
 Outcome = WholeOutcome | RangeOutcome
