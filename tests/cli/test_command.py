@@ -178,3 +178,13 @@ def test_main_returns_instead_of_exiting(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["--version"]) == 0
     assert main(["nonsense"]) == 2
     assert capsys.readouterr().out == f"csvfast {csvfast.__version__}\n"
+
+
+def test_a_command_does_not_import_the_others() -> None:
+    """Their options would take longer than many a command."""
+    code = (
+        "import sys; from csvfast.cli import main; main(['info', '--json']); "
+        "print(sorted(one for one in sys.modules if one.startswith('csvfast.cli.')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "['csvfast.cli.common', 'csvfast.cli.info', 'csvfast.cli.streams']"
