@@ -181,7 +181,7 @@ def launch(
     keys, dh_bytes, session_bytes = session_files(session, dh)
     word = keys.policy if policy is None and keys is not None else parse_policy("0x1" if policy is None else policy)
     if word.csv3:
-        raise CommandError("--policy: bit 6 asks for CSV3; this command launches CSV and CSV2 guests, `csvfast vm run` those of CSV3")
+        raise CommandError("--policy: bit 6 asks for CSV3; this command launches CSV and CSV2 guests; CSV3: `csvfast vm run`")
     if disk_password is not None and keys is None:
         raise CommandError(
             "--disk-password: only the owner can pack it; expected --session with the session's directory"
