@@ -63,6 +63,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "RANGE_BYTES", MIB)
+    monkeypatch.setattr(DaskExecutor, "range_bytes", MIB)
     monkeypatch.setattr(schedule, "TASK_FILES", 3)
 
 

@@ -68,6 +68,7 @@ class DaskExecutor(_Closing):
 
     name = "dask"
     local = False
+    range_bytes = 256 << 20  # a task costs scheduler and client some milliseconds: four times as much work for each
 
     def __init__(self, cluster: Any, *, timeout: float = 10.0, patience: float = 60.0) -> None:
         need("dask", "distributed")

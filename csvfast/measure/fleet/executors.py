@@ -10,6 +10,7 @@ An executor takes tasks and gives back futures. It knows nothing of files, rows 
                          rows of the task say "internal".
     slots                how many tasks run at the same time now; asked again and again, so that a cluster may grow and shrink
     local                True: tasks run in this process, and `step` is called while they run. False: `step` is ignored
+    range_bytes          may be there: bytes of a large image for one task, a multiple of 64 MiB; else tasks.RANGE_BYTES
     close(cancel)        returns when nothing runs any more. cancel=True: tasks under way are ended as early as possible, and
                          their futures are cancelled or end with an exception
     ExecutorError        raised by submit() or the constructor, or what a future ends with: the executor as a whole is not

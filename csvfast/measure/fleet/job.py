@@ -24,7 +24,7 @@ from csvfast.measure.fleet.discover import Selection, discover, read_manifest
 from csvfast.measure.fleet.executors import Executor, ThreadExecutor
 from csvfast.measure.fleet.ledger import Ledger
 from csvfast.measure.fleet.rows import Content, Item, Key, Mode, Options, Row
-from csvfast.measure.fleet.schedule import plan, run
+from csvfast.measure.fleet.schedule import plan, range_bytes_of, run
 from csvfast.measure.source import Access, AnyPath
 
 __all__ = ["Job", "JobProgress", "batch"]
@@ -136,7 +136,7 @@ class Job:
 
     def __iter__(self) -> Iterator[Row]:
         aside: list[tuple[Row, bool]] = []
-        tasks = plan(self._items(aside), self._executor.slots, self._access)
+        tasks = plan(self._items(aside), self._executor.slots, self._access, range_bytes_of(self._executor))
         try:
             for rows in run(tasks, self._executor, retries=self._retries, step=self._step):
                 yield from self._set_aside(aside)

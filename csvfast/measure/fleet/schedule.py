@@ -24,7 +24,7 @@ from csvfast.measure.fleet.tasks import RANGE_BYTES, RangeOutcome, RangeTask, St
 from csvfast.measure.source import Access
 from csvfast.measure.tree import TreeBuilder
 
-__all__ = ["plan", "run"]
+__all__ = ["plan", "range_bytes_of", "run"]
 
 SPARE: Final = 2
 AHEAD: Final = 64
@@ -32,15 +32,26 @@ TASK_BYTES: Final = 32 << 20
 TASK_FILES: Final = 512
 
 
-def plan(items: Iterable[Item], slots: int, access: Access = "mmap") -> Iterator[Task]:
-    """The tasks that measure all items: small ones while they are being found, then large ones, the largest first."""
+def range_bytes_of(executor: Executor) -> int:
+    """Bytes of a large image that one of its tasks measures: its own choice, where a task costs more than elsewhere."""
+    return getattr(executor, "range_bytes", None) or RANGE_BYTES
+
+
+def plan(
+    items: Iterable[Item], slots: int, access: Access = "mmap", range_bytes: int | None = None
+) -> Iterator[Task]:
+    """The tasks that measure all items: small ones while they are being found, then large ones, the largest first.
+
+    Args: range_bytes: as range_bytes_of() gives it; None = RANGE_BYTES.
+    """
+    length = range_bytes or RANGE_BYTES
     numbers = count()
     large: list[Item] = []
     streams: list[Item] = []
     group: list[Item] = []
     size = 0
     for item in items:
-        if _is_split(item):
+        if _is_split(item, length):
             large.append(item)
         elif item.mode == "linear" and (item.size is None or item.size > SMALL_BYTES):
             streams.append(item)
@@ -55,8 +66,8 @@ def plan(items: Iterable[Item], slots: int, access: Access = "mmap") -> Iterator
     large.sort(key=lambda item: -(item.size or 0))
     for item in large:
         end = covered(item, item.size or 0)
-        for start in range(0, end, RANGE_BYTES):
-            yield RangeTask(next(numbers), item, start, min(start + RANGE_BYTES, end), access)
+        for start in range(0, end, length):
+            yield RangeTask(next(numbers), item, start, min(start + length, end), access)
     streams.sort(key=lambda item: -(item.size or 0))
     each = max(1, min(LANES, -(-len(streams) // max(slots, 1))))
     for at in range(0, len(streams), each):
@@ -80,6 +91,7 @@ def run(
     flying: dict[int, _Flight] = {}
     joins: dict[int, _Join] = {}  # by the number of an item's first range
     more = True
+    length = range_bytes_of(executor)
 
     def begin(task: Task, tries: int) -> None:
         counter = _Counter(step) if step is not None else None
@@ -100,8 +112,8 @@ def run(
                     break
                 task = waiting[0]
                 if isinstance(task, RangeTask):
-                    join = joins.setdefault(_first(task), _Join(task.item))
-                    if join.is_over or (task.start - join.next) // RANGE_BYTES > AHEAD:
+                    join = joins.setdefault(_first(task, length), _Join(task.item, length))
+                    if join.is_over or (task.start - join.next) // length > AHEAD:
                         if not join.is_over:
                             break
                         waiting.popleft()
@@ -131,7 +143,7 @@ def run(
                 yield list(outcome.rows)
             else:
                 assert isinstance(flight.task, RangeTask)
-                row = joins[_first(flight.task)].add(flight.task, outcome)
+                row = joins[_first(flight.task, length)].add(flight.task, outcome)
                 if row is not None:
                     yield [row]
     finally:
@@ -139,9 +151,9 @@ def run(
             flight.future.cancel()
 
 
-def _is_split(item: Item) -> bool:
+def _is_split(item: Item, length: int) -> bool:
     # A virtual disk's size is not known before it is opened.
-    return item.mode in ("tree", "verity") and item.content == "file" and (item.size or 0) > RANGE_BYTES
+    return item.mode in ("tree", "verity") and item.content == "file" and (item.size or 0) > length
 
 
 @dataclass(slots=True)
@@ -176,8 +188,9 @@ class _Counter:
 class _Join:
     """The tree of a large image, whose ranges arrive in any order."""
 
-    def __init__(self, item: Item) -> None:
+    def __init__(self, item: Item, length: int) -> None:
         self.next = 0
+        self._length = length
         self.is_over = False
         self._item = item
         self._size = item.size or 0
@@ -212,7 +225,7 @@ class _Join:
                 self._builder.add_blocks(leaves, level)
             else:
                 self._builder.add(leaves)
-            self.next += RANGE_BYTES
+            self.next += self._length
         if self.next < covered(self._item, self._size):
             return None
         self._end()
@@ -224,8 +237,8 @@ class _Join:
         self._early.clear()
 
 
-def _first(task: RangeTask) -> int:
-    return task.number - task.start // RANGE_BYTES
+def _first(task: RangeTask, length: int) -> int:
+    return task.number - task.start // length
 
 
 def _elsewhere(identity: Identity) -> Identity:
