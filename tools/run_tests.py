@@ -220,7 +220,7 @@ def main() -> int:
         return 0
     chosen = [s for s in every if s.name not in options.without and (not options.only or s.name in options.only)]
     # The longest first: two lanes then end at about the same time.
-    order = ["services", "pytest", "fuzz-smoke", "asan", "ctime", "c"]
+    order = ["services", "pytest", "containers", "asan", "ctime", "fuzz-smoke", "bench", "c"]
     chosen.sort(key=lambda stage: order.index(stage.name) if stage.name in order else len(order))
     expected = skips.read_expected(skips.LIST.read_text(encoding="utf-8")) if skips.LIST.exists() else []
 
