@@ -292,13 +292,17 @@ int csvf__window_flush(csvf_vmram *vmram, csvf__hands *hands)
             continue;
         if (csvf__userfault_complete(vmram, page, count, hands->plain) != CSVF_OK)
             return csvf__fail(vmram, CSVF_ERR_SYSTEM, "a page of the memory cannot be looked at: was it unmapped?");
-        status = csvf__dram_store(vmram, hands->cipher, vmram->ram + (size_t)page * CSVF_PAGE_BYTES, page, count);
+        victim run[CSVF__BATCH_MAX];
+        for (uint32_t i = 0; i < count; i++) {
+            const csvf__page *about = &vmram->pages[page + i];
+            run[i] = (victim){page + i, 1, about->is_ahead && !about->is_written};
+        }
+        status = store_run(vmram, hands->cipher, vmram->ram + (size_t)page * CSVF_PAGE_BYTES, run, count);
         for (uint32_t i = 0; status == CSVF_OK && i < count; i++) {
             vmram->pages[page + i].state = CSVF__CLEAN;
-            vmram->pages[page + i].is_written = 1;
+            vmram->pages[page + i].is_written |= run[i].is_dirty;
+            vmram->stats.bytes_encrypted += run[i].is_dirty ? CSVF_PAGE_BYTES : 0;
         }
-        if (status == CSVF_OK)
-            vmram->stats.bytes_encrypted += (uint64_t)count * CSVF_PAGE_BYTES;
     }
     return status;
 }
