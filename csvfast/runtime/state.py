@@ -3,7 +3,7 @@
     ROOT/ID/state.json    the container's state as the OCI runtime specification has it, and members of our own under "csvfast"
     ROOT/ID/lock          locked for as long as its monitor lives, whatever ends that one
     ROOT/ID/control.sock  where the monitor listens (the sandbox's own container only)
-    ROOT/ID/work/         the executor's files: ciphertext, sockets. Removed with the monitor, or by the next command that looks
+    ROOT/ID/work          the executor's files: ciphertext, sockets. Removed with the monitor, or by the next command that looks
 
 A container whose monitor is gone is "stopped", whatever its file says: nothing of it can be running.
 

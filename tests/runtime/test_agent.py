@@ -163,7 +163,7 @@ def test_namespaces_are_its_own(images: Registry, tmp_path: Path) -> None:
             "grep -E '^(CapEff|NoNewPrivs)' /proc/self/status;"
             "cat /proc/kcore | wc -c; (echo x >/proc/sys/kernel/hostname) 2>&1; mount -t tmpfs x /tmp 2>&1;"
             "(echo y >/etc/passwd) 2>&1;"
-            "ls /dev; readlink /proc/self/ns/net; ls -d /proc/1/root/work/.. ; echo 1 > /shared/file; cat /nowhere"
+            "ls /dev; readlink /proc/self/ns/net; ls -d /proc/1/root/.. ; echo 1 > /shared/file; cat /nowhere"
         )
         volumes = [{"name": "shared", "path": "/shared"}]
         process = {"args": [*SHELL, script]}

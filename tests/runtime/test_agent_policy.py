@@ -81,10 +81,10 @@ def test_manifests() -> None:
 
 
 def test_users_and_directories() -> None:
-    policy = AgentPolicy(users=["image", "1000:*"], directories=["/work/*"], volumes=["shared:/data"], environment=["A=*"])
+    policy = AgentPolicy(users=["image", "1000:*"], directories=["/srv/*"], volumes=["shared:/data"], environment=["A=*"])
     policy.check_user(None)
     policy.check_user("1000:1000")
-    policy.check_directory("/work/a")
+    policy.check_directory("/srv/a")
     policy.check_volume("shared", "/data")
     policy.check_environment(["A=1", "A="])
     for ask in (
