@@ -59,7 +59,8 @@ def run_program(
     instructions: int | None = None,
     seconds: float | None = None,
 ) -> RunResult:
-    """Runs a static x86-64 Linux program whose memory stands encrypted in the DRAM, under a random key nobody learns.
+    """Runs a static x86-64 Linux program whose memory stands encrypted in the DRAM: under a random key nobody learns, or
+    under the caller's where `dram` is memory of his.
 
     Standard input, output and error are this process's. The program can fork; forked processes are forks of this one.
 
